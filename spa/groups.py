@@ -1,0 +1,209 @@
+"""Groups: atoms that occur in the same places form one coupled-channel group, a solved dim with all its sites.
+
+After tracing, two atoms are of the same group if they occur equally often on the same axes of the same values. That tells
+the parts of a concatenation apart, and heads from head dims, without looking at names or operators. The atoms of a group are
+its *coordinates*; they are what is scored and removed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import networkx as nx
+import numpy as np
+from numpy.typing import NDArray
+
+from spa.atoms import Labels
+from spa.count import Costs, node_costs
+from spa.shapes import dtype_is_float
+from spa.trace import Axis, Reason, Traced, constant_values
+
+Site = tuple[str, int]  # (value, axis)
+
+
+@dataclass(frozen=True)
+class Group:
+    """One coupled-channel group.
+
+    name: the first stored tensor's axis that it occurs on, "weight:0"; with "#2" where an axis has several groups.
+    start, size: its coordinates are the numbers start … start + size - 1 among all coordinates of the graph.
+    sites: (value, axis) that it occurs on, in graph order. frozen: why nothing may be removed, None if it may.
+    parameters, macs: what one coordinate costs now (on average, if all others stay).
+    """
+
+    index: int
+    name: str
+    start: int
+    size: int
+    sites: tuple[Site, ...]
+    frozen: Reason | None
+    parameters: float
+    macs: float
+
+    @property
+    def coordinates(self) -> slice:
+        """Its range in a mask over all coordinates."""
+        return slice(self.start, self.start + self.size)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """All groups of a graph, and every axis in terms of coordinates.
+
+    labels: (value, axis) -> (length, k) coordinates + 1, 0 = none. A position stays if all its coordinates stay.
+    total: number of coordinates. families: graph of groups that share an axis as factors of a product.
+    """
+
+    traced: Traced
+    groups: tuple[Group, ...]
+    labels: Mapping[Site, Labels]
+    total: int
+    families: nx.Graph
+    number: NDArray[np.int64]  # atom -> coordinate + 1
+
+    @cached_property
+    def by_name(self) -> dict[str, Group]:
+        """Groups by name."""
+        return {g.name: g for g in self.groups}
+
+    def free(self) -> list[Group]:
+        """Groups that may shrink."""
+        return [g for g in self.groups if g.frozen is None]
+
+    def of_coordinate(self) -> NDArray[np.int64]:
+        """(total,) index of the group of each coordinate."""
+        return np.repeat(np.arange(len(self.groups)), [g.size for g in self.groups])
+
+    def keep(self, site: Site, removed: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
+        """(length,) positions of an axis that stay; None if all do. `removed` is a mask over all coordinates."""
+        return _keep(self.labels.get(site), removed)
+
+    def dim_keep(self, axis: Axis, removed: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
+        """The same for a dim of a node."""
+        if axis.labels is None:
+            return None
+        resolved = self.traced.atoms.resolve(axis.labels, frozen=True)
+        return _keep(self.number[resolved], removed)
+
+
+def _keep(labels: Labels | None, removed: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
+    if labels is None or not labels.shape[1]:
+        return None
+    gone = np.concatenate([[False], removed])[labels].any(axis=1)
+    return ~gone if gone.any() else None
+
+
+def find_groups(traced: Traced) -> Groups:
+    """Solves the tracing: groups in graph order, with costs, reasons and names. Linear in positions; no loop over them."""
+    sites, resolved = _resolved(traced)
+    order, group_of = _partition(traced, sites, resolved)
+    number = np.zeros(len(traced.atoms), np.int64)
+    number[order] = np.arange(1, len(order) + 1)
+    starts = np.flatnonzero(np.diff(group_of, prepend=-1))
+    sizes = np.diff([*starts, len(group_of)])
+    labels = {site: number[r] for site, r in zip(sites, resolved, strict=True)}
+    of_coordinate = np.concatenate([[-1], group_of])
+    on: list[list[Site]] = [[] for _ in sizes]
+    families: nx.Graph = nx.Graph()
+    families.add_nodes_from(range(len(sizes)))
+    for site in sites:
+        there = np.unique(of_coordinate[labels[site]])
+        for g in there[there >= 0]:
+            on[g].append(site)
+        if labels[site].shape[1] > 1:
+            families.add_edges_from(_together(of_coordinate[labels[site]]))
+    costs = node_costs(traced, number, len(order))
+    held = traced.atoms.causes(order[:, None])[:, 0] if len(order) else np.zeros(0, np.int64)
+    groups = tuple(_group(traced, i, starts[i], sizes[i], on, held, costs) for i in range(len(sizes)))
+    return Groups(traced, _named(traced, groups), labels, len(order), families, number)
+
+
+def _resolved(traced: Traced) -> tuple[list[Site], list[Labels]]:
+    sites, resolved = [], []
+    seen: dict[int, Labels] = {}
+    for value, axes in traced.axes.items():
+        for i, axis in enumerate(axes or ()):
+            if axis.labels is None:
+                continue
+            key = id(axis.labels)
+            if key not in seen:
+                seen[key] = traced.atoms.resolve(axis.labels, frozen=True)
+            if seen[key].shape[1]:
+                sites.append((value, i))
+                resolved.append(seen[key])
+    return sites, resolved
+
+
+def _partition(traced: Traced, sites: list[Site], resolved: list[Labels]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Atoms in order of group and first occurrence, and the group of each."""
+    total = len(traced.atoms)
+    finger = np.zeros(total, np.uint64)  # sum over occurrences of a number drawn for the site
+    first = np.full(total, np.iinfo(np.int64).max)
+    draws = np.random.default_rng(0).integers(1, 2**63, len(sites), dtype=np.uint64)
+    place = 0
+    for draw, rows in zip(draws, resolved, strict=True):
+        atoms, index, counts = np.unique(rows, return_index=True, return_counts=True)
+        finger[atoms] += draw * counts.astype(np.uint64)
+        first[atoms] = np.minimum(first[atoms], place + index)
+        place += rows.size
+    finger[0] = 0
+    atoms = np.flatnonzero(finger)
+    if not len(atoms):
+        return atoms, atoms
+    frozen = traced.atoms.causes(atoms[:, None])[:, 0]
+    _, inverse = np.unique(np.stack([finger[atoms], frozen.astype(np.uint64)]), axis=1, return_inverse=True)
+    inverse = inverse.ravel()
+    earliest = np.full(inverse.max() + 1, np.iinfo(np.int64).max)
+    np.minimum.at(earliest, inverse, first[atoms])
+    rank = np.argsort(np.argsort(earliest))[inverse]
+    order = np.lexsort((first[atoms], rank))
+    return atoms[order], rank[order]
+
+
+def _together(groups: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Pairs of groups that occur in one row."""
+    pairs: set[tuple[int, int]] = set()
+    for i in range(groups.shape[1]):
+        for j in range(i):
+            both = np.unique(groups[:, [j, i]], axis=0)
+            pairs |= {(int(a), int(b)) for a, b in both if a >= 0 and b >= 0 and a != b}
+    return sorted(pairs)
+
+
+def _group(
+    traced: Traced, index: int, start: int, size: int, on: list[list[Site]], held: NDArray[np.int64], costs: Costs
+) -> Group:
+    rows = slice(start, start + size)
+    why = int(held[start]) if size else 0
+    reason = traced.reasons[why] if why else None
+    constants = {n for n, c in constant_values_cached(traced).items() if dtype_is_float(c.dtype)}
+    if reason is None and not any(v in constants for v, _ in on[index]):
+        reason = Reason("", "", on[index][0][0], on[index][0][1], "has no weights that would get smaller")
+    if reason is None and size == 1:
+        reason = Reason("", "", on[index][0][0], on[index][0][1], "has one coordinate left, which must stay")
+    return Group(
+        index, "", int(start), int(size), tuple(on[index]), reason,
+        float(costs.parameters[rows].mean()), float(costs.macs[rows].mean()),
+    )
+
+
+_CONSTANTS: dict[int, dict[str, object]] = {}
+
+
+def constant_values_cached(traced: Traced) -> dict[str, object]:
+    return constant_values(traced.graph)  # type: ignore[return-value]
+
+
+def _named(traced: Traced, groups: tuple[Group, ...]) -> tuple[Group, ...]:
+    constants = constant_values(traced.graph)
+    used: dict[str, int] = {}
+    named = []
+    for group in groups:
+        site = next((s for s in group.sites if s[0] in constants), group.sites[0])
+        name = f"{site[0]}:{site[1]}"
+        used[name] = used.get(name, 0) + 1
+        name = name if used[name] == 1 else f"{name}#{used[name]}"
+        named.append(Group(group.index, name, group.start, group.size, group.sites, group.frozen, group.parameters, group.macs))
+    return tuple(named)

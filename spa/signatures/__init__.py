@@ -1,0 +1,9 @@
+"""The one table: what every operator does with the axes of its operands. See `spa.signatures.table`."""
+
+from spa.signatures import contraction, elementwise, layout, normalization, opaque, reduction, sequence
+from spa.signatures.table import FIXED, MAP, STAT, SUM, Carry, Kind, Refusal, Signature, operators, rule_of, signature
+
+__all__ = [
+    "FIXED", "MAP", "STAT", "SUM", "Carry", "Kind", "Refusal", "Signature", "operators", "rule_of", "signature",
+    "contraction", "elementwise", "layout", "normalization", "opaque", "reduction", "sequence",
+]

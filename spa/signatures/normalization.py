@@ -1,0 +1,90 @@
+"""Normalisations. What they take a mean over is STAT: over the kept positions, once some are gone."""
+
+from __future__ import annotations
+
+from spa.signatures.elementwise import spread
+from spa.signatures.table import (
+    MAP, STAT, Carry, Dim, NodeView, One, Operand, Refusal, Signature, axis_of, ints, make, signature,
+)
+
+
+@signature("BatchNormalization", "SpatialBN")
+def batch_normalization(node: NodeView) -> Signature | Refusal:
+    """Stored statistics, one a channel: each channel alone."""
+    shape = node.inputs[0]
+    if node.attrs.get("training_mode"):
+        return Refusal("it is in training mode")
+    if shape is not None and len(shape) == 1:
+        return make(node, "c, c, c, c, c -> c")
+    return make(node, "n c *s, c, c, c, c -> n c *s, -, -, -, -", c=MAP)
+
+
+@signature("InstanceNormalization")
+def instance_normalization(node: NodeView) -> Signature | Refusal:
+    """Mean over space, each channel alone."""
+    return make(node, "n c *s, c, c -> n c *s", c=MAP, s=STAT)
+
+
+@signature("GroupNormalization")
+def group_normalization(node: NodeView) -> Signature | Refusal:
+    """Mean over the channels of a group; scale and bias per group until opset 20, per channel from 21 on."""
+    scale = "(g c)" if node.opset >= 21 else "g"
+    groups = int(node.attrs["num_groups"])
+    return make(
+        node,
+        f"n (g c) *s, {scale}, {scale} -> n (g c) *s",
+        sizes={"g": groups},
+        carries=[Carry("num_groups", Dim("g"))],
+        c=STAT,
+        s=STAT,
+    )
+
+
+@signature("LRN")
+def local_response(node: NodeView) -> Signature | Refusal:
+    """Divides by a sum over neighbouring channels: the neighbours are those that are kept."""
+    return make(node, "n c *s -> n c *s", c=STAT, s=MAP)
+
+
+@signature("MeanVarianceNormalization")
+def mean_variance(node: NodeView) -> Signature | Refusal:
+    """Mean over the listed axes."""
+    shape = node.inputs[0]
+    if shape is None:
+        return Refusal("its shape is unknown")
+    default = (0, 1, 2, 3) if node.attrs.get("across_channels") else (0, 2, 3)
+    axes = {a % len(shape) for a in ints(node.attrs.get("axes", default)) or ()}
+    terms = tuple(Dim(f"r.{i}" if i in axes else f"a.{i}") for i in range(len(shape)))
+    return Signature((terms,), (terms,), {"r": STAT, "a": MAP})
+
+
+def _layer(node: NodeView, data: int, skips: tuple[int, ...], scales: tuple[int, ...], sums: tuple[int, ...]) -> Signature | Refusal:
+    shape = node.inputs[0]
+    if shape is None:
+        return Refusal("its shape is unknown")
+    rank = len(shape)
+    axis = axis_of(node, -1, rank)
+    names = [f"r.{i}" if i >= axis else f"a.{i}" for i in range(rank)]
+    whole: Operand = tuple(map(Dim, names))
+    inputs = tuple(
+        (whole if i == data or i in skips and s == shape else spread(s, shape, names)) for i, s in enumerate(node.inputs)
+    )
+    reduced: Operand = tuple(One() if i >= axis else Dim(n) for i, n in enumerate(names))
+    outputs = tuple(whole if i == 0 or i in sums else reduced for i in range(len(node.outputs)))
+    return Signature(inputs, outputs, {"r": STAT, "a": MAP})
+
+
+@signature("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
+def layer_normalization(node: NodeView) -> Signature | Refusal:
+    """Mean over the axes from `axis` on; scale and bias are spread over them."""
+    return _layer(node, 0, (), (1, 2), ())
+
+
+@signature("SkipLayerNormalization", "SkipSimplifiedLayerNormalization", domain="com.microsoft")
+def skip_layer_normalization(node: NodeView) -> Signature | Refusal:
+    """LayerNormalization of a sum; the fourth output is the sum."""
+    return _layer(node, 0, (1,), (2, 3, 4), (3,))
+
+
+signature("SimplifiedLayerNormalization", domain="com.microsoft")(layer_normalization)
+signature("LayerNormalization", domain="com.microsoft")(layer_normalization)

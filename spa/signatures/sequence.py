@@ -1,0 +1,129 @@
+"""Recurrent layers, attention and rotary embedding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from spa.signatures.table import (
+    FIXED, MAP, SUM, Carry, Dim, NodeView, Product, Refusal, Signature, make, signature,
+)
+
+GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+DEFAULT = {"LSTM": ["sigmoid", "tanh", "tanh"], "GRU": ["sigmoid", "tanh"], "RNN": ["tanh"]}
+ZERO_AT_ZERO = {"tanh", "relu", "affine", "leakyrelu", "elu", "softsign", "scaledtanh", "thresholdedrelu"}
+
+
+@signature("LSTM", "GRU", "RNN")
+def recurrent(node: NodeView) -> Signature | Refusal:
+    """Hidden units go one by one, in both directions alike.
+
+    A unit whose parameters are all zero stays zero for ever if its activation maps zero to zero; that is the masked form.
+    """
+    gates = GATES[node.op]
+    time = "b t" if node.attrs.get("layout") else "t b"
+    state = "b r h" if node.attrs.get("layout") else "r b h"
+    out = "b t r h" if node.attrs.get("layout") else "t r b h"
+    w = f"({gates} h)" if gates > 1 else "h"
+    names = [str(a).lower() for a in node.attrs.get("activations", [])] or DEFAULT[node.op]
+    per = len(DEFAULT[node.op])
+    first = 1 if node.op == "GRU" else 0
+    candidates = [n for i, n in enumerate(names) if i % per >= first] if node.op != "LSTM" else [
+        n for i, n in enumerate(names) if i % per == 1
+    ]
+    free = all(n in ZERO_AT_ZERO for n in candidates)
+    return make(
+        node,
+        f"{time} i, r {w} i, r {w} h, r ({2 * gates} h), -, {state}, {state}, r (3 h) -> {out}, {state}, {state}",
+        carries=[Carry("hidden_size", Dim("h"))],
+        causes={"h": "its activation does not map zero to zero", "t": "is time", "r": "counts directions"},
+        macs=(("t", "b", "r", gates, "h", "i"), ("t", "b", "r", gates, "h", "h")),
+        t=FIXED, r=FIXED, b=MAP, i=SUM, h=SUM if free else FIXED,
+    )
+
+
+@signature("Attention")
+def attention(node: NodeView) -> Signature | Refusal:
+    """Scaled dot-product attention of opset 23: 4-D operands, or 3-D ones with head counts as attributes."""
+    query, key, value = node.inputs[:3]
+    if query is None or key is None or value is None:
+        return Refusal("the shape of an operand is unknown")
+    flat = len(query) == 3
+    heads = int(node.attrs["q_num_heads"]) if flat else query[1]
+    shared = int(node.attrs["kv_num_heads"]) if flat else key[1]
+    depth = query[2] // heads if flat else query[3]
+    sizes = {"kv": shared, "g": heads // shared}
+    carries = [] if "scale" in node.attrs else [Carry("scale", value=1 / math.sqrt(depth))]
+    if flat:
+        text = "b t (kv g d), b s (kv d), b s (kv e)"
+        carries += [Carry("q_num_heads", Product((Dim("kv"), Dim("g")))), Carry("kv_num_heads", Dim("kv"))]
+        sizes |= {"d": depth}
+    else:
+        text = "b (kv g) t d, b kv s d, b kv s e"
+    out = "b t (kv g e)" if flat else "b (kv g) t e"
+    mask = node.inputs[3] if len(node.inputs) > 3 and node.present[3] else None
+    masks = "-" if mask is None or len(mask) < 4 or mask[1] == 1 else "mb (kv g) mt ms"
+    return make(
+        node, f"{text}, {masks}, b kv p d, b kv p e -> {out}, b kv u d, b kv u e, b (kv g) t u",
+        sizes=sizes, carries=carries, macs=(("b", "kv", "g", "t", "s", "d"), ("b", "kv", "g", "t", "s", "e")),
+        d=SUM, t=FIXED, s=FIXED, p=FIXED, u=FIXED, mb=FIXED, mt=FIXED, ms=FIXED,
+    )
+
+
+@signature("RotaryEmbedding")
+def rotary(node: NodeView) -> Signature | Refusal:
+    """Turns pairs of a head's dims: halves (r|r), or neighbours (r 2) if interleaved."""
+    shape = node.inputs[0]
+    if shape is None or node.inputs[1] is None:
+        return Refusal("its shape is unknown")
+    pair = "(r 2)" if node.attrs.get("interleaved") else "(2 r)"
+    partial = int(node.attrs.get("rotary_embedding_dim", 0))
+    tables = " ".join(["_"] * (len(node.inputs[1]) - 1))
+    if len(shape) == 4:
+        depth, text, carries = shape[3], f"b h t {pair}", []
+    else:
+        heads = int(node.attrs.get("num_heads", 0))
+        if not heads:
+            return Refusal("its number of heads is not given")
+        depth, text = shape[2] // heads, f"b t (h {pair})"
+        carries = [Carry("num_heads", Dim("h"))]
+    if partial not in (0, depth):
+        plain = text.replace(pair, "d")
+        return make(node, f"{plain}, {tables} z, {tables} z, - -> {plain}", sizes={"d": depth}, carries=carries,
+                    causes={"d": "only a part of it is turned"}, d=FIXED, z=FIXED)
+    return make(node, f"{text}, {tables} r, {tables} r, - -> {text}", sizes={"r": depth // 2}, carries=carries, r=MAP)
+
+
+def _heads(node: NodeView) -> int:
+    return int(node.attrs.get("num_heads", 0))
+
+
+@signature("MultiHeadAttention", domain="com.microsoft")
+def multi_head_attention(node: NodeView) -> Signature | Refusal:
+    """Separate query, key and value (b, t, h d); no cache, no mask per head."""
+    query = node.inputs[0]
+    heads = _heads(node)
+    if query is None or not heads or any(node.present[3:5]) or any(node.present[5:]):
+        return Refusal("its form (packed, masked, biased or with cache) has no signature yet")
+    if len(node.inputs) < 3 or any(s is None or len(s) != 3 for s in node.inputs[:3]):
+        return Refusal("its operands are packed")
+    carries = [Carry("num_heads", Dim("h"))]
+    if not node.attrs.get("scale"):
+        carries.append(Carry("scale", value=1 / math.sqrt(query[2] // heads)))
+    return make(node, "b t (h d), b s (h d), b s (h e) -> b t (h e)", sizes={"h": heads}, carries=carries,
+                macs=(("b", "h", "t", "s", "d"), ("b", "h", "t", "s", "e")), d=SUM, t=FIXED, s=FIXED)
+
+
+@signature("Attention", domain="com.microsoft")
+def packed_attention(node: NodeView) -> Signature | Refusal:
+    """One weight for query, key and value: x (b s i), w (i 3·h·d) -> (b s h·d)."""
+    heads = _heads(node)
+    sizes: Mapping[str, int] = {"h": heads}
+    weight = node.inputs[1]
+    if weight is None or not heads or node.attrs.get("qkv_hidden_sizes") or any(node.present[4:]):
+        return Refusal("its form (different widths, cache or bias of scores) has no signature yet")
+    carries = [Carry("num_heads", Dim("h"))]
+    if not node.attrs.get("scale"):
+        carries.append(Carry("scale", value=1 / math.sqrt(weight[1] // 3 // heads)))
+    return make(node, "b s i, i (3 h d), (3 h d), - -> b s (h d)", sizes=sizes, carries=carries,
+                macs=(("b", "s", "i", 3, "h", "d"), (2, "b", "h", "s", "s", "d")), i=SUM, d=SUM, s=FIXED)
