@@ -288,7 +288,7 @@ class Weight(LazyValues):  # type: ignore[misc]  # graph-surgeon has no type inf
         size = self.shape[axis]
         if chosen.size and not (0 <= chosen.min() and chosen.max() < size):
             raise IndexError(f"a position to keep lies outside axis {axis}, which has {size} positions")
-        if np.array_equal(chosen, np.arange(size)):
+        if len(chosen) == size and bool((np.diff(chosen, prepend=-1) == 1).all()):
             return self
         kept = dict(self._kept)
         kept[axis] = kept[axis][chosen] if axis in kept else chosen

@@ -15,7 +15,7 @@ from onnx import helper
 
 from spa.shapes import dtype_is_float
 from spa.signatures.table import dims_of
-from spa.trace import NodeTrace, Traced, constant_values
+from spa.trace import NodeTrace, Traced
 
 if TYPE_CHECKING:
     from spa.groups import Groups
@@ -60,7 +60,7 @@ def macs_terms(node: NodeTrace) -> list[tuple[int, list[str]]]:
 def node_costs(traced: Traced, number: NDArray[np.int64], total: int) -> Costs:
     """Shares of parameters and MACs by coordinate; `number` maps atoms to coordinates + 1."""
     parameters, macs = np.zeros(total + 1), np.zeros(total + 1)
-    for name, tensor in constant_values(traced.graph).items():
+    for name, tensor in traced.constants.items():
         if not dtype_is_float(tensor.dtype):
             continue
         size = float(np.prod(tensor.shape))
@@ -100,7 +100,7 @@ def count(groups: Groups, removed: NDArray[np.bool_] | None = None) -> Counts:
         return tuple(out)
 
     parameters = weight_bytes = 0
-    for name, tensor in constant_values(traced.graph).items():
+    for name, tensor in traced.constants.items():
         elements = int(np.prod(kept_shape(name) or tensor.shape))
         weight_bytes += elements * _itemsize(traced.facts.types.get(name, 1))
         if dtype_is_float(tensor.dtype):
@@ -133,7 +133,7 @@ def _itemsize(kind: int) -> float:
 def _peak(groups: Groups, kept_shape: object) -> int:
     """Largest total of activations alive at once, nodes run in file order and values freed after their last use."""
     traced = groups.traced
-    constants = constant_values(traced.graph)
+    constants = traced.constants
     last: dict[str, int] = {t.name: len(traced.nodes) for t in traced.graph.outputs}
     for i, node in enumerate(traced.nodes):
         for tensor in node.node.inputs:

@@ -198,8 +198,8 @@ class _Exporter:
     def _value(self, tensor: gs.Tensor) -> ValueInfoProto:
         """A value's type as it is now, in the words of the original as far as it has not changed."""
         original = self._notes.values.get(tensor.name)
-        if original is not None and original.type.WhichOneof("value") not in (None, "tensor_type"):
-            return original  # graph-surgeon cannot describe sequences, maps and optionals
+        if original is not None and original.HasField("type") and not original.type.HasField("tensor_type"):
+            return original  # graph-surgeon cannot describe sequences, maps, optionals, and types that say nothing
         value = ValueInfoProto(name=tensor.name)
         if original is not None:
             if original.doc_string:
@@ -264,10 +264,12 @@ def _schema_type(node: gs.Node, name: str) -> int:
 
 def _tensor_type(tensor: gs.Tensor) -> TypeProto:
     kind = TypeProto()
-    if tensor.dtype is not None:
-        # Graph-surgeon keeps ONNX's number where it thinks that numpy has no such type.
-        known = isinstance(tensor.dtype, int)
-        kind.tensor_type.elem_type = tensor.dtype if known else helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
+    kind.tensor_type.SetInParent()
+    if isinstance(tensor.dtype, int):  # ONNX's number, where graph-surgeon thinks that numpy has no such type
+        kind.tensor_type.elem_type = tensor.dtype
+    elif tensor.dtype is not None:
+        kind.tensor_type.elem_type = helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
+    _drop_undefined(kind)
     if tensor.shape is None:
         return kind
     kind.tensor_type.shape.SetInParent()
@@ -285,6 +287,13 @@ def _undenoted(kind: TypeProto) -> TypeProto:
     plain = TypeProto()
     plain.CopyFrom(kind)
     plain.ClearField("denotation")
+    _drop_undefined(plain)
     for dimension in plain.tensor_type.shape.dim if plain.tensor_type.HasField("shape") else ():
         dimension.ClearField("denotation")
     return plain
+
+
+def _drop_undefined(kind: TypeProto) -> None:
+    """Make an element type that is given as undefined one that is not given."""
+    if kind.HasField("tensor_type") and not kind.tensor_type.elem_type:
+        kind.tensor_type.ClearField("elem_type")

@@ -8,7 +8,7 @@ its *coordinates*; they are what is scored and removed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import networkx as nx
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from spa.atoms import Labels
 from spa.count import Costs, node_costs
 from spa.shapes import dtype_is_float
-from spa.trace import Axis, Reason, Traced, constant_values
+from spa.trace import Axis, Reason, Traced
 
 Site = tuple[str, int]  # (value, axis)
 
@@ -103,20 +103,13 @@ def find_groups(traced: Traced) -> Groups:
     number[order] = np.arange(1, len(order) + 1)
     starts = np.flatnonzero(np.diff(group_of, prepend=-1))
     sizes = np.diff([*starts, len(group_of)])
-    labels = {site: number[r] for site, r in zip(sites, resolved, strict=True)}
-    of_coordinate = np.concatenate([[-1], group_of])
-    on: list[list[Site]] = [[] for _ in sizes]
-    families: nx.Graph = nx.Graph()
-    families.add_nodes_from(range(len(sizes)))
-    for site in sites:
-        there = np.unique(of_coordinate[labels[site]])
-        for g in there[there >= 0]:
-            on[g].append(site)
-        if labels[site].shape[1] > 1:
-            families.add_edges_from(_together(of_coordinate[labels[site]]))
+    renumbered: dict[int, Labels] = {id(r): number[r] for r in resolved}  # many sites share one array
+    labels = {site: renumbered[id(r)] for site, r in zip(sites, resolved, strict=True)}
+    on, families = _places(np.concatenate([[-1], group_of]), len(sizes), sites, labels)
     costs = node_costs(traced, number, len(order))
     held = traced.atoms.causes(order[:, None])[:, 0] if len(order) else np.zeros(0, np.int64)
-    groups = tuple(_group(traced, i, starts[i], sizes[i], on, held, costs) for i in range(len(sizes)))
+    weights = {n for n, c in traced.constants.items() if dtype_is_float(c.dtype)}
+    groups = tuple(_group(traced, i, starts[i], sizes[i], on, held, costs, weights) for i in range(len(sizes)))
     return Groups(traced, _named(traced, groups), labels, len(order), families, number)
 
 
@@ -162,24 +155,45 @@ def _partition(traced: Traced, sites: list[Site], resolved: list[Labels]) -> tup
     return atoms[order], rank[order]
 
 
-def _together(groups: NDArray[np.int64]) -> list[tuple[int, int]]:
+def _places(
+    of: NDArray[np.int64], count: int, sites: list[Site], labels: Mapping[Site, Labels]
+) -> tuple[list[list[Site]], nx.Graph]:
+    """Sites of each group, and which groups occur in one row of an axis."""
+    on: list[list[Site]] = [[] for _ in range(count)]
+    families: nx.Graph = nx.Graph()
+    families.add_nodes_from(range(count))
+    known: dict[int, NDArray[np.int64]] = {}
+    for site in sites:
+        rows = labels[site]
+        if id(rows) not in known:
+            there = np.zeros(count + 1, bool)
+            there[of[rows]] = True
+            known[id(rows)] = np.flatnonzero(there[:-1])
+            families.add_edges_from(_together(of[rows], count))
+        for g in known[id(rows)]:
+            on[g].append(site)
+    return on, families
+
+
+def _together(groups: NDArray[np.int64], count: int) -> list[tuple[int, int]]:
     """Pairs of groups that occur in one row."""
-    pairs: set[tuple[int, int]] = set()
+    pairs: list[tuple[int, int]] = []
     for i in range(groups.shape[1]):
         for j in range(i):
-            both = np.unique(groups[:, [j, i]], axis=0)
-            pairs |= {(int(a), int(b)) for a, b in both if a >= 0 and b >= 0 and a != b}
-    return sorted(pairs)
+            one, two = groups[:, i], groups[:, j]
+            both = (one >= 0) & (two >= 0) & (one != two)
+            codes = np.unique(one[both] * count + two[both])
+            pairs += [divmod(int(c), count) for c in codes]
+    return pairs
 
 
 def _group(
-    traced: Traced, index: int, start: int, size: int, on: list[list[Site]], held: NDArray[np.int64], costs: Costs
+    traced: Traced, index: int, start: int, size: int, on: list[list[Site]], held: NDArray[np.int64], costs: Costs, weights: set[str]
 ) -> Group:
     rows = slice(start, start + size)
     why = int(held[start]) if size else 0
     reason = traced.reasons[why] if why else None
-    constants = {n for n, c in constant_values_cached(traced).items() if dtype_is_float(c.dtype)}
-    if reason is None and not any(v in constants for v, _ in on[index]):
+    if reason is None and not any(v in weights for v, _ in on[index]):
         reason = Reason("", "", on[index][0][0], on[index][0][1], "has no weights that would get smaller")
     if reason is None and size == 1:
         reason = Reason("", "", on[index][0][0], on[index][0][1], "has one coordinate left, which must stay")
@@ -189,15 +203,8 @@ def _group(
     )
 
 
-_CONSTANTS: dict[int, dict[str, object]] = {}
-
-
-def constant_values_cached(traced: Traced) -> dict[str, object]:
-    return constant_values(traced.graph)  # type: ignore[return-value]
-
-
 def _named(traced: Traced, groups: tuple[Group, ...]) -> tuple[Group, ...]:
-    constants = constant_values(traced.graph)
+    constants = traced.constants
     used: dict[str, int] = {}
     named = []
     for group in groups:
@@ -205,5 +212,5 @@ def _named(traced: Traced, groups: tuple[Group, ...]) -> tuple[Group, ...]:
         name = f"{site[0]}:{site[1]}"
         used[name] = used.get(name, 0) + 1
         name = name if used[name] == 1 else f"{name}#{used[name]}"
-        named.append(Group(group.index, name, group.start, group.size, group.sites, group.frozen, group.parameters, group.macs))
+        named.append(replace(group, name=name))
     return tuple(named)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import onnx
 import onnx.inliner
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, ValueInfoProto
 
 from spa.errors import BadModel, UnsupportedModel
@@ -91,6 +93,25 @@ def check_model(model: ModelProto) -> None:
             )
         if opset.version < 1:
             raise BadModel(f"it asks for opset {opset.version}, which does not exist; export it again")
+
+
+def check_text(message: Message) -> None:
+    """Check that all names and texts are UTF-8: where they are not, protobuf hands out bytes in place of str.
+
+    Raises
+    ------
+    BadModel
+        With the field and its content.
+    """
+    for descriptor, content in message.ListFields():
+        items = content if descriptor.is_repeated else (content,)
+        if descriptor.type == FieldDescriptor.TYPE_STRING:
+            for text in items:
+                if isinstance(text, bytes):
+                    raise BadModel(f"the {descriptor.full_name} {text[:80]!r} is not UTF-8; export it again")
+        elif descriptor.type == FieldDescriptor.TYPE_MESSAGE:
+            for item in items:
+                check_text(item)
 
 
 def inline_functions(model: ModelProto) -> ModelProto:

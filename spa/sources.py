@@ -142,7 +142,8 @@ def _copy(source: Any, target: Any, location: str, sources: list[Source]) -> Non
 
 
 def _copy_tensor(source: TensorProto, target: TensorProto, location: str, sources: list[Source]) -> None:
-    if source.data_location == TensorProto.EXTERNAL or source.external_data or len(source.raw_data) <= INLINE_BYTES:
+    special = source.data_location == TensorProto.EXTERNAL or source.external_data or source.HasField("segment")
+    if special or len(source.raw_data) <= INLINE_BYTES:
         target.CopyFrom(source)
         return
     target.CopyFrom(wire.placeholder(location, len(sources)))
@@ -208,9 +209,9 @@ def _check_location(location: str, label: str) -> None:
 def _map_external(folder: Path, location: str) -> MappedFile:
     """Map an external file, having made sure that it is an ordinary file of its own, in the model's folder."""
     path = folder / location
-    if _crosses_link(folder, location):
-        raise BadFile(f"the external file '{location}' is or goes through a symbolic link; put the real file there")
     try:
+        if _crosses_link(folder, location):
+            raise BadFile(f"the external file '{location}' is or goes through a symbolic link; put the real file there")
         # Without O_NONBLOCK, a named pipe in place of the file would hang here.
         flags = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
         descriptor = os.open(path, flags)

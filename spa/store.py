@@ -29,7 +29,7 @@ from spa import wire
 from spa.errors import BadFile, BadModel, BadOption, SpaError, UnsupportedModel
 from spa.exporter import constants, export
 from spa.files import check_target, replace_all
-from spa.protos import Notes, check_graph, check_model, inline_functions, take_notes
+from spa.protos import Notes, check_graph, check_model, check_text, inline_functions, take_notes
 from spa.sources import Sources, without_data
 
 LARGEST_FILE = (2 << 30) - (16 << 20)
@@ -150,11 +150,14 @@ def load(model: str | os.PathLike[str] | bytes | ModelProto) -> Model:
         if isinstance(model, str | os.PathLike):
             name = os.fsdecode(model)
             return _from_path(Path(name), location)
-    except UnicodeDecodeError as error:
-        raise BadModel(f"{name}: it has a name or text that is not UTF-8; export it again") from error
     except SpaError as error:
-        raise type(error)(f"{name}: {error}") from error
+        raise type(error)(_printable(f"{name}: {error}")) from error
     raise BadOption(f"a model is a path, bytes or a ModelProto, not a {type(model).__name__}; give one of these")
+
+
+def _printable(text: str) -> str:
+    """One line: names may hold line breaks, terminal codes and what not."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def _from_path(path: Path, location: str) -> Model:
@@ -237,6 +240,7 @@ def _parse(skeleton: bytes) -> ModelProto:
 
 def _import(skeleton: ModelProto, sources: Sources) -> tuple[gs.Graph, ModelProto, Notes]:
     """Check a skeleton, import it and give each constant its weight."""
+    check_text(skeleton)
     check_model(skeleton)
     skeleton = inline_functions(skeleton)
     check_graph(skeleton.graph, sources)

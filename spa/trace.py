@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -64,6 +65,11 @@ class Traced:
     axes: Mapping[str, tuple[Axis, ...] | None]
     nodes: tuple[NodeTrace, ...]
     reasons: tuple[Reason, ...]
+
+    @cached_property
+    def constants(self) -> Mapping[str, gs.Constant]:
+        """Stored tensors by the name of the value."""
+        return constant_values(self.graph)
 
 
 def node_name(node: gs.Node) -> str:
@@ -251,7 +257,7 @@ class _Tracer:
         parts = [self._put_together(node, made, p, dims, sizes, value, i) for p in term.parts]
         length = int(np.prod([p.length for p in parts])) if isinstance(term, Product) else sum(p.length for p in parts)
         if all(p.labels is None for p in parts):
-            return Axis(length, None, parts[0].why)
+            return Axis(length, None, max(parts, key=lambda p: p.length).why)
         known = [p.labels if p.labels is not None else self._held(p) for p in parts]
         return Axis(length, merge(known) if isinstance(term, Product) else stack(known))
 

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from spa.signatures.elementwise import spread
 from spa.signatures.table import (
-    FIXED, MAP, SUM, Carry, Dim, NodeView, One, Operand, Refusal, Signature, make, signature,
+    FIXED,
+    MAP,
+    SUM,
+    Carry,
+    Dim,
+    NodeView,
+    One,
+    Operand,
+    Refusal,
+    Signature,
+    make,
+    signature,
 )
 
 WINDOW = {"s": "a convolution slides along it", "k": "is a kernel's extent"}

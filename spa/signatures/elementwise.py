@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from spa.signatures.table import MAP, Carry, Dim, NodeView, One, Operand, Refusal, Rule, Signature, make, rule_of, signature
+from spa.signatures.table import (
+    MAP,
+    Carry,
+    Dim,
+    NodeView,
+    One,
+    Operand,
+    Refusal,
+    Rule,
+    Signature,
+    make,
+    rule_of,
+    signature,
+)
 
 Shape = tuple[int, ...] | None
 

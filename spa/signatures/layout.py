@@ -7,8 +7,24 @@ from itertools import accumulate
 
 import numpy as np
 
+from passes.remove import DELETE
 from spa.signatures.table import (
-    FIXED, MAP, Carry, Dim, NodeView, One, Operand, Pick, Product, Refusal, Signature, Sum, Term, axis_of, ints, make,
+    FIXED,
+    MAP,
+    Carry,
+    Dim,
+    NodeView,
+    One,
+    Operand,
+    Pick,
+    Product,
+    Refusal,
+    Signature,
+    Sum,
+    Term,
+    axis_of,
+    ints,
+    make,
     signature,
 )
 
@@ -146,7 +162,8 @@ def split(node: NodeView) -> Signature | Refusal:
     inputs = tuple(Sum(blocks) if i == axis else t for i, t in enumerate(names))
     outputs = tuple(tuple(b if i == axis else t for i, t in enumerate(names)) for b in blocks)
     where: str | int = "split" if node.opset < 13 else 1
-    return Signature((inputs, None), outputs, sizes=sizes, carries=(Carry(where, blocks),))
+    carries = (Carry(where, blocks), *((Carry("num_outputs", value=DELETE),) if "num_outputs" in node.attrs else ()))
+    return Signature((inputs, None), outputs, sizes=sizes, carries=carries)
 
 
 def _bounds(node: NodeView, shape: tuple[int, ...]) -> list[tuple[int, int, int, int]] | None:

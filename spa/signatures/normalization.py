@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from spa.signatures.elementwise import spread
 from spa.signatures.table import (
-    MAP, STAT, Carry, Dim, NodeView, One, Operand, Refusal, Signature, axis_of, ints, make, signature,
+    MAP,
+    STAT,
+    Carry,
+    Dim,
+    NodeView,
+    One,
+    Operand,
+    Refusal,
+    Signature,
+    axis_of,
+    ints,
+    make,
+    signature,
 )
 
 

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from spa.signatures.elementwise import alias, spread
 from spa.signatures.table import (
-    FIXED, MAP, Dim, NodeView, One, Operand, Product, Refusal, Signature, axis_of, make, signature,
+    FIXED,
+    MAP,
+    Dim,
+    NodeView,
+    One,
+    Operand,
+    Product,
+    Refusal,
+    Signature,
+    axis_of,
+    make,
+    signature,
 )
 
 

@@ -3,7 +3,21 @@
 from __future__ import annotations
 
 from spa.signatures.table import (
-    FIXED, MAP, STAT, SUM, Dim, Kind, NodeView, One, Refusal, Signature, Term, axis_of, ints, make, signature,
+    FIXED,
+    MAP,
+    STAT,
+    SUM,
+    Dim,
+    Kind,
+    NodeView,
+    One,
+    Refusal,
+    Signature,
+    Term,
+    axis_of,
+    ints,
+    make,
+    signature,
 )
 
 SUMS = "ReduceSum ReduceSumSquare ReduceL1 ReduceL2".split()

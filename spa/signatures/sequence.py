@@ -6,7 +6,17 @@ import math
 from collections.abc import Mapping
 
 from spa.signatures.table import (
-    FIXED, MAP, SUM, Carry, Dim, NodeView, Product, Refusal, Signature, make, signature,
+    FIXED,
+    MAP,
+    SUM,
+    Carry,
+    Dim,
+    NodeView,
+    Product,
+    Refusal,
+    Signature,
+    make,
+    signature,
 )
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}

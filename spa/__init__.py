@@ -1,0 +1,33 @@
+"""spa: structured pruning of ONNX graphs. A file and a budget in; a smaller, proven, faster file out.
+
+    result = spa.prune("model.onnx", ratio=0.5)
+    result.save("small.onnx", plan="small.plan.json")
+
+The stages, each a function: `load`, `normalize`, `trace`, `find_groups`, `score`, `choose`/`make_plan`, `rewrite`, `compare`, `race`.
+"""
+
+from spa.api import Analysis, Result, analyze, apply, plan, prune
+from spa.bench import race
+from spa.check import Check, compare
+from spa.choose import Options, choose
+from spa.count import Counts, count
+from spa.criteria import criterion
+from spa.errors import BadFile, BadModel, BadOption, BadPlan, CheckFailed, NothingToPrune, SpaError, UnsupportedModel
+from spa.groups import Group, Groups, find_groups
+from spa.masking import masked
+from spa.normalize import normalize
+from spa.plan import Plan, load_plan, make_plan
+from spa.rewrite import rewrite
+from spa.score import score
+from spa.signatures import FIXED, MAP, STAT, SUM, signature
+from spa.store import Model, load, save
+from spa.trace import trace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FIXED", "MAP", "STAT", "SUM", "Analysis", "BadFile", "BadModel", "BadOption", "BadPlan", "Check", "CheckFailed", "Counts",
+    "Group", "Groups", "Model", "NothingToPrune", "Options", "Plan", "Result", "SpaError", "UnsupportedModel", "analyze",
+    "apply", "choose", "compare", "count", "criterion", "find_groups", "load", "load_plan", "make_plan", "masked", "normalize",
+    "plan", "prune", "race", "rewrite", "save", "score", "signature", "trace",
+]

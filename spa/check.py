@@ -1,0 +1,111 @@
+"""The proof: the pruned graph gives what the masked original gives, on ONNX Runtime and with the same inputs."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from spa.errors import UnsupportedModel
+from spa.feeds import Feeds
+from spa.store import LARGEST_FILE, Model, save, to_bytes
+
+TOLERANCE = 1e-4  # of the output's scale, float32
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Largest difference of one output: absolute, and over the output's scale (its largest absolute value)."""
+
+    output: str
+    absolute: float
+    relative: float
+
+
+@dataclass(frozen=True)
+class Check:
+    """Result of a comparison. `tolerance` is what was allowed, relative to each output's scale."""
+
+    differences: tuple[Difference, ...]
+    tolerance: float
+
+    @property
+    def worst(self) -> float:
+        """Largest relative difference; infinity where the results are not comparable."""
+        return max((d.relative for d in self.differences), default=0.0)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every output is within the tolerance."""
+        return bool(self.worst <= self.tolerance)
+
+
+def session(model: Model, *, threads: int = 0, optimize: bool = True) -> ort.InferenceSession:
+    """An ONNX Runtime session on the CPU provider. Raises UnsupportedModel with the runtime's own words."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        if model.nbytes < LARGEST_FILE and not model.external:
+            return ort.InferenceSession(to_bytes(model), options, providers=["CPUExecutionProvider"])
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            save(model, path, external=True)
+            return ort.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises classes of its own for each status
+        text = str(error).splitlines()[0]
+        raise UnsupportedModel(f"ONNX Runtime does not load the model: {text}") from error
+
+
+def run(model: Model, feeds: Feeds, *, optimize: bool = True) -> dict[str, NDArray[np.generic]]:
+    """Outputs by name. Raises UnsupportedModel if the runtime fails."""
+    opened = session(model, optimize=optimize)
+    names = [o.name for o in opened.get_outputs()]
+    try:
+        wanted = {i.name for i in opened.get_inputs()}
+        results = opened.run(names, {k: v for k, v in feeds.items() if k in wanted})
+    except Exception as error:  # as above
+        raise UnsupportedModel(f"ONNX Runtime does not run the model: {str(error).splitlines()[0]}") from error
+    return dict(zip(names, results, strict=True))
+
+
+def compare(masked: Model, small: Model, feeds: Feeds, *, kept: Mapping[str, Mapping[int, NDArray[np.int64]]] | None = None,
+            tolerance: float = TOLERANCE) -> Check:
+    """Runs both and compares all outputs; `kept` picks the positions of outputs that the small model still has."""
+    expected, found = run(masked, feeds), run(small, feeds)
+    differences = []
+    for name, value in expected.items():
+        for axis, positions in (kept or {}).get(name, {}).items():
+            value = np.take(value, positions, axis=axis)
+        differences.append(difference(name, value, found[name]))
+    return Check(tuple(differences), tolerance)
+
+
+def difference(name: str, expected: object, found: object) -> Difference:
+    """Largest difference of two results; NaN and infinities must stand in the same places."""
+    if isinstance(expected, Sequence | Mapping) and not isinstance(expected, str):
+        same = repr(expected) == repr(found)
+        return Difference(name, 0.0 if same else np.inf, 0.0 if same else np.inf)
+    a, b = np.asarray(expected), np.asarray(found)
+    if a.shape != b.shape:
+        return Difference(name, np.inf, np.inf)
+    if a.dtype.kind not in "fiub" and a.dtype.name != "bfloat16":
+        same = bool(np.array_equal(a, b))
+        return Difference(name, 0.0 if same else np.inf, 0.0 if same else np.inf)
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    finite = np.isfinite(x)
+    if not np.array_equal(finite, np.isfinite(y)) or not np.array_equal(x[~finite], y[~finite], equal_nan=True):
+        return Difference(name, np.inf, np.inf)
+    if not finite.any():
+        return Difference(name, 0.0, 0.0)
+    absolute = float(np.abs(x[finite] - y[finite]).max())
+    scale = float(np.abs(x[finite]).max())
+    return Difference(name, absolute, absolute / scale if scale else (0.0 if not absolute else np.inf))

@@ -1,0 +1,276 @@
+"""Choosing: how many coordinates each group keeps, and which. Scores in, a mask over all coordinates out."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import networkx as nx
+import numpy as np
+from numpy.typing import NDArray
+
+from spa.errors import BadOption
+from spa.groups import Group, Groups
+from spa.score import Scores
+from spa.signatures.table import Dim, dims_of
+from spa.trace import node_name
+
+SCOPES = ("local", "global", "isomorphic")
+MISS = 0.05  # a factor of a product that gets this much closer to the ratio is preferred to one with more coordinates
+SLACK = 1 / 6  # of a group's size: how far rounding to a block may lead away from what was asked for
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to remove. `ratios` gives groups (globs or /regexes/ on names) a ratio of their own."""
+
+    ratio: float = 0.5
+    scope: str = "local"
+    multiple_of: int | str = "auto"
+    keep_at_least: int = 1
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    ratios: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, ratio in {"--ratio": self.ratio, **{f"the ratio of {k!r}": v for k, v in self.ratios.items()}}.items():
+            low = 0 <= ratio if name != "--ratio" else 0 < ratio
+            if not (isinstance(ratio, int | float) and low and ratio < 1):
+                raise BadOption(f"{name} is {ratio}, but must lie between 0 and 1, both excluded: 0.5 removes half of the channels.")
+        if self.scope not in SCOPES:
+            raise BadOption(f"--scope is {self.scope!r}; the choice is: {', '.join(SCOPES)}.")
+        if self.multiple_of != "auto" and (not isinstance(self.multiple_of, int) or self.multiple_of < 1):
+            raise BadOption(f"--multiple-of is {self.multiple_of!r}, but must be 'auto' or a whole number from 1 on.")
+        if self.keep_at_least < 1:
+            raise BadOption(f"--keep-at-least is {self.keep_at_least}, but every group keeps at least one channel.")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What goes: a mask over all coordinates. notes: group -> why it keeps more than was asked for."""
+
+    gone: NDArray[np.bool_]
+    notes: Mapping[str, str]
+
+
+def choose(groups: Groups, scores: Scores, options: Options, *, block: int = 16) -> Choice:
+    """Removes the lowest scores. `block` is what `multiple_of="auto"` stands for on the provider.
+
+    local: the same ratio in every group. global: one threshold on scores divided by their group's mean.
+    isomorphic: one threshold among groups of the same structure (Fang et al. 2024, arXiv 2407.04616).
+    """
+    notes: dict[str, str] = {}
+    candidates = _selected(groups, options)
+    wanted = {g.index: _own_ratio(g, options, groups) for g in candidates}
+    widths = _Widths(groups, options, block)
+    chosen = _one_factor_each(groups, candidates, wanted, widths, notes)
+    quota = _quota(groups, chosen, scores, wanted, options)
+    gone = np.zeros(groups.total, bool)
+    for group in chosen:
+        keep = widths.kept(group, group.size - quota[group.index])
+        if keep >= group.size:
+            if quota[group.index] > 0:
+                notes[group.name] = f"stays whole: {group.size} channels have no smaller width that is a multiple of {widths.step(group)}"
+            continue
+        order = np.argsort(scores.values[group.coordinates], kind="stable")
+        gone[group.start + order[: group.size - keep]] = True
+    return Choice(gone, notes)
+
+
+def matches(patterns: Iterable[str], names: Iterable[str]) -> bool:
+    """Whether any name fits any pattern: a glob, or a regular expression between slashes."""
+    listed = list(names)
+    for pattern in patterns:
+        if len(pattern) > 2 and pattern[0] == pattern[-1] == "/":
+            if any(re.search(pattern[1:-1], n) for n in listed):
+                return True
+        elif any(fnmatch.fnmatchcase(n, pattern) for n in listed):
+            return True
+    return False
+
+
+def names_of(group: Group, readers: Mapping[str, list[str]]) -> set[str]:
+    """Names that a pattern may mean a group by: its own, its values', and the nodes that touch its constants."""
+    values = {v for v, _ in group.sites}
+    return {group.name, *values, *(n for v in values for n in readers.get(v, ()))}
+
+
+def readers_of(groups: Groups) -> dict[str, list[str]]:
+    """Nodes by the constants that they read."""
+    constants = groups.traced.constants
+    found: dict[str, list[str]] = {}
+    for node in groups.traced.nodes:
+        for tensor in node.node.inputs:
+            if tensor.name in constants:
+                found.setdefault(tensor.name, []).append(node_name(node.node))
+    return found
+
+
+def _check_pattern(pattern: str) -> None:
+    if len(pattern) > 2 and pattern[0] == pattern[-1] == "/":
+        try:
+            re.compile(pattern[1:-1])
+        except re.error as error:
+            raise BadOption(f"{pattern!r} is no regular expression: {error}.") from error
+
+
+def _selected(groups: Groups, options: Options) -> list[Group]:
+    readers = readers_of(groups)
+    names = {g.index: names_of(g, readers) for g in groups.groups}
+    for option, patterns in (("--include", options.include), ("--exclude", options.exclude), ("the ratios file", options.ratios)):
+        for pattern in patterns:
+            _check_pattern(pattern)
+            if not any(matches([pattern], n) for n in names.values()):
+                raise BadOption(f"{option}: {pattern!r} matches no group, node or value; `spa inspect` lists the groups.")
+    return [
+        g for g in groups.free()
+        if (not options.include or matches(options.include, names[g.index])) and not matches(options.exclude, names[g.index])
+    ]
+
+
+def _own_ratio(group: Group, options: Options, groups: Groups) -> float:
+    if not options.ratios:
+        return options.ratio
+    names = names_of(group, readers_of(groups))
+    return next((r for p, r in options.ratios.items() if matches([p], names)), options.ratio)
+
+
+class _Widths:
+    """Widths that a group may shrink to."""
+
+    def __init__(self, groups: Groups, options: Options, block: int) -> None:
+        self.groups, self.options, self.block = groups, options, block
+        self.repeat, self.dense = _repeats(groups), _dense_inputs(groups)
+
+    def _unit(self, group: Group, block: int) -> int:
+        return block // math.gcd(block, self.repeat[group.index])
+
+    def step(self, group: Group) -> int:
+        """The finest rounding that applies to a group."""
+        if self.options.multiple_of == "auto":
+            return self._unit(group, 4 if group.index in self.dense else 1)
+        return self._unit(group, int(self.options.multiple_of))
+
+    def kept(self, group: Group, target: float) -> int:
+        """Width nearest to `target`; the group's own size where there is none below it."""
+        least = min(self.options.keep_at_least, group.size)
+        if self.options.multiple_of != "auto":
+            return self._nearest(group, target, self._unit(group, int(self.options.multiple_of)), least)
+        block, floor = self.block, (4 if group.index in self.dense else 1)
+        while True:
+            keep = self._nearest(group, target, self._unit(group, block), least)
+            if block <= floor or abs(keep - target) <= SLACK * group.size:
+                return keep
+            block //= 2
+
+    def _nearest(self, group: Group, target: float, unit: int, least: int) -> int:
+        if unit == 1:
+            return max(int(target + 1e-6), least)
+        keep = max(int(target / unit + 0.5) * unit, math.ceil(least / unit) * unit, unit)
+        return min(keep, group.size)
+
+
+def _repeats(groups: Groups) -> dict[int, int]:
+    """Positions that one coordinate holds on the activation axis where it holds fewest."""
+    constants = groups.traced.constants
+    of = np.concatenate([[-1], groups.of_coordinate()])
+    found: dict[int, int] = {}
+    for (value, _), labels in groups.labels.items():
+        if value in constants:
+            continue
+        counts = np.bincount(of[labels].ravel() + 1, minlength=len(groups.groups) + 1)[1:]
+        for g in np.flatnonzero(counts):
+            repeat = max(int(counts[g]) // groups.groups[g].size, 1)
+            found[int(g)] = min(found.get(int(g), repeat), repeat)
+    return {g.index: found.get(g.index, 1) for g in groups.groups}
+
+
+def _dense_inputs(groups: Groups) -> set[int]:
+    """Groups that are input channels of a convolution (a node that sums over a dim and has a window), or pass one by one."""
+    found: set[int] = set()
+    of = np.concatenate([[-1], groups.of_coordinate()])
+    for node in groups.traced.nodes:
+        signature = node.signature
+        if signature is None or not signature.macs or not any(n.split(".")[0] == "k" for t in signature.inputs[1] or () for n in dims_of(t) if "." in n):
+            continue
+        tensor = node.node.inputs[0]
+        labels = groups.labels.get((tensor.name, 1))
+        if labels is not None:
+            found |= {int(g) for g in np.unique(of[labels]) if g >= 0}
+    return found
+
+
+def _one_factor_each(
+    groups: Groups, candidates: Sequence[Group], wanted: Mapping[int, float], widths: _Widths, notes: dict[str, str]
+) -> list[Group]:
+    """Of the factors of a product only one shrinks, so that the product shrinks by the ratio and not by its square.
+
+    Preferred is the factor that comes closest to the ratio, then the one with more coordinates (head width before heads).
+    """
+    by_index = {g.index: g for g in candidates}
+    shared = groups.families.subgraph(by_index)
+    chosen = [g for g in candidates if not shared.degree(g.index)]
+    for family in nx.connected_components(shared):
+        if len(family) == 1:
+            continue
+        members = [by_index[i] for i in sorted(family)]
+        taken: set[int] = set()
+
+        def rank(group: Group) -> tuple[bool, int, int]:
+            target = group.size * (1 - wanted[group.index])
+            miss = abs(widths.kept(group, target) - target) / group.size
+            return miss > MISS, -group.size, group.index
+
+        for group in sorted(members, key=rank):
+            rival = next((n for n in shared.neighbors(group.index) if n in taken), None)
+            if rival is None:
+                taken.add(group.index)
+            else:
+                notes[group.name] = f"stays whole: it multiplies {by_index[rival].name}, which shrinks instead (--include chooses)"
+        chosen += [by_index[i] for i in taken]
+    return sorted(chosen, key=lambda g: g.index)
+
+
+def _quota(groups: Groups, chosen: Sequence[Group], scores: Scores, wanted: Mapping[int, float], options: Options) -> dict[int, float]:
+    """Coordinates that each group should lose."""
+    quota = {g.index: g.size * wanted[g.index] for g in chosen}
+    if options.scope == "local":
+        return quota
+    pools: dict[object, list[Group]] = {}
+    for group in chosen:
+        own = wanted[group.index] != options.ratio
+        key = group.index if own else structure(groups, group) if options.scope == "isomorphic" else "all"
+        pools.setdefault(key, []).append(group)
+    for pool in pools.values():
+        parts = []
+        for group in pool:
+            found = scores.values[group.coordinates]
+            parts.append(found / (found.mean() or 1.0))
+        every = np.sort(np.concatenate(parts))
+        count = int(wanted[pool[0].index] * len(every) + 1e-6)
+        threshold = every[count - 1] if count else -np.inf
+        for group, found in zip(pool, parts, strict=True):
+            quota[group.index] = float(np.count_nonzero(found <= threshold))
+    return quota
+
+
+def structure(groups: Groups, group: Group) -> tuple[object, ...]:
+    """What makes two groups isomorphic: size, and the operators and axes that it goes through (as a multiset)."""
+    if not hasattr(groups, "_readers_by_value"):
+        found: dict[str, list[str]] = {}
+        for node in groups.traced.nodes:
+            for tensor in node.node.inputs:
+                found.setdefault(tensor.name, []).append(node.node.op)
+        object.__setattr__(groups, "_readers_by_value", found)
+    readers: dict[str, list[str]] = groups._readers_by_value  # type: ignore[attr-defined]
+    constants = groups.traced.constants
+    marks = sorted(
+        (op, a, groups.traced.facts.shapes[v]) for v, a in group.sites if v in constants for op in readers.get(v, ())
+    )
+    return group.size, tuple(marks)
+
+
+__all__ = ["SCOPES", "Choice", "Dim", "Options", "choose", "matches", "names_of", "readers_of", "structure"]
