@@ -269,10 +269,7 @@ class Atoms:
             rest = np.where(known, 0, grid)
             if not rest.any():
                 return _compact(outer), _compact(inner)
-            column = rest.max(axis=2).ravel()
-            rows = np.flatnonzero(column)
-            product = merge([self.fresh(n), self.fresh(m)])
-            self.unify(column[rows][:, None], product[rows])
+            self.unify(_compact(rest.reshape(n * m, -1)), merge([self.fresh(n), self.fresh(m)]))
         cause = 2  # pragma: no cover
         self.freeze(labels, cause)  # pragma: no cover
         return np.zeros((n, 0), np.int64), np.zeros((m, 0), np.int64)  # pragma: no cover
