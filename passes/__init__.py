@@ -1,6 +1,6 @@
 """Graph-surgeon passes: each one function on a graphsurgeon Graph, told by plain data what to do.
 
-Two kinds, kept apart. Those that keep the function: `fold_constants`, `unshare_constants`, `merge_copies`, `drop_dead_nodes`.
+Two kinds, kept apart. Those that keep the function: `fold_constants`, `gather_shuffles`, `unshare_constants`, `merge_copies`, `drop_dead_nodes`.
 Those that change it as told: `remove_channels`, `insert_masks`. Each returns how many changes it made and is idempotent.
 This package imports nothing of ours.
 """
@@ -8,9 +8,10 @@ This package imports nothing of ours.
 from passes.constants import drop_dead_nodes, fold_constants, merge_copies, unshare_constants
 from passes.mask import Compress, Mask, insert_masks
 from passes.remove import DELETE, Patch, Removal, remove_channels
+from passes.shuffles import gather_shuffles
 from passes.weights import Weight
 
 __all__ = [
-    "DELETE", "Compress", "Mask", "Patch", "Removal", "Weight", "drop_dead_nodes", "fold_constants", "insert_masks",
+    "DELETE", "Compress", "Mask", "Patch", "Removal", "Weight", "drop_dead_nodes", "fold_constants", "gather_shuffles", "insert_masks",
     "merge_copies", "remove_channels", "unshare_constants",
 ]

@@ -22,7 +22,7 @@ def fold_constants(graph: gs.Graph, values: Mapping[str, NDArray[Any]]) -> int:
         for tensor in list(node.outputs):
             if tensor.name in values and tensor.name not in outputs and isinstance(tensor, gs.Variable) and tensor.outputs:
                 tensor.inputs.clear()
-                tensor.to_constant(np.ascontiguousarray(values[tensor.name]))
+                tensor.to_constant(np.asarray(values[tensor.name], order="C"))
                 changed += 1
     if changed:
         drop_dead_nodes(graph)

@@ -62,7 +62,7 @@ def insert_masks(
 
 class _Builder:
     def __init__(self, graph: gs.Graph, types: Mapping[str, int], opset: int) -> None:
-        self.types, self.opset = types, opset
+        self.types, self.opset = dict(types), opset
         self.count = 0
         self.made: dict[Any, gs.Tensor] = {}
 
@@ -71,7 +71,9 @@ class _Builder:
         return f"{stem}/masked{self.count}"
 
     def _variable(self, like: gs.Tensor) -> gs.Variable:
-        return gs.Variable(self._name(like.name), dtype=None, shape=None)
+        made = gs.Variable(self._name(like.name), dtype=None, shape=None)
+        self.types[made.name] = self.types.get(like.name, 0)
+        return made
 
     def where(self, nodes: list[gs.Node], tensor: gs.Tensor, keep: NDArray[np.bool_]) -> gs.Tensor:
         """Where(keep, tensor, 0)."""

@@ -99,7 +99,7 @@ def _restate(graph: gs.Graph, removal: Removal) -> int:
             before, new = _patched(node.inputs[index], value, stem)
             extra.setdefault(id(node), []).append(before)
         else:
-            new = gs.Constant(stem, np.ascontiguousarray(value))
+            new = gs.Constant(stem, np.asarray(value, order="C"))
         while len(node.inputs) <= index:
             node.inputs.append(gs.Variable.empty())
         node.inputs[index] = new

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Labels = NDArray[np.int64]  # (length, k), 0 = no atom
+_DEEPEST = 16  # factors of one axis; more come from products that cross each other again and again
 _ROUNDS = 32  # unification settles in two or three rounds; more means that it went in circles
 
 
@@ -100,8 +101,11 @@ class Atoms:
             refined = self._left[labels] > 0
             if not refined.any():
                 break
-            right = np.where(refined, self._right[labels], 0)
+            split = refined.any(axis=0)
+            right = np.where(refined[:, split], self._right[labels[:, split]], 0)
             labels = np.concatenate([np.where(refined, self._left[labels], labels), right], axis=1)
+            if labels.shape[1] > 2 * _DEEPEST:
+                labels = _compact(self.find(labels))
         if not frozen:
             labels = np.where(self._cause[labels] > 0, 0, labels)
         return _compact(labels)
@@ -263,16 +267,18 @@ class Atoms:
             none = np.zeros((1, 0), np.int64)
             return (none, labels) if n == 1 else (labels, none)
         for _ in range(_ROUNDS):
-            grid = self.resolve(labels).reshape(n, m, -1)  # (n, m, k)
+            flat = self.resolve(labels)
+            if flat.shape[1] > _DEEPEST:
+                break
+            grid = flat.reshape(n, m, -1)  # (n, m, k)
             outer, inner = self._common(grid), self._common(grid.transpose(1, 0, 2))
             known = (grid[..., None] == outer[:, None, None, :]).any(3) | (grid[..., None] == inner[None, :, None, :]).any(3)
             rest = np.where(known, 0, grid)
             if not rest.any():
                 return _compact(outer), _compact(inner)
             self.unify(_compact(rest.reshape(n * m, -1)), merge([self.fresh(n), self.fresh(m)]))
-        cause = 2  # pragma: no cover
-        self.freeze(labels, cause)  # pragma: no cover
-        return np.zeros((n, 0), np.int64), np.zeros((m, 0), np.int64)  # pragma: no cover
+        self.freeze(labels, 2)
+        return np.zeros((n, 0), np.int64), np.zeros((m, 0), np.int64)
 
     @staticmethod
     def _common(grid: NDArray[np.int64]) -> Labels:

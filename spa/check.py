@@ -49,7 +49,7 @@ class Check:
 def session(model: Model, *, threads: int = 0, optimize: bool = True) -> ort.InferenceSession:
     """An ONNX Runtime session on the CPU provider. Raises UnsupportedModel with the runtime's own words."""
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4
     options.intra_op_num_threads = threads
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import helper
 
-from spa.shapes import dtype_is_float
 from spa.signatures.table import dims_of
 from spa.trace import NodeTrace, Traced
 
@@ -60,10 +59,8 @@ def macs_terms(node: NodeTrace) -> list[tuple[int, list[str]]]:
 def node_costs(traced: Traced, number: NDArray[np.int64], total: int) -> Costs:
     """Shares of parameters and MACs by coordinate; `number` maps atoms to coordinates + 1."""
     parameters, macs = np.zeros(total + 1), np.zeros(total + 1)
-    for name, tensor in traced.constants.items():
-        if not dtype_is_float(tensor.dtype):
-            continue
-        size = float(np.prod(tensor.shape))
+    for name in traced.weights:
+        size = float(np.prod(traced.facts.shapes[name] or ()))
         for axis in traced.axes.get(name) or ():
             if axis.labels is not None:
                 _share(parameters, number[traced.atoms.resolve(axis.labels, frozen=True)], size)
@@ -99,12 +96,10 @@ def count(groups: Groups, removed: NDArray[np.bool_] | None = None) -> Counts:
             out.append(lengths[name, i])
         return tuple(out)
 
-    parameters = weight_bytes = 0
+    weight_bytes = 0
     for name, tensor in traced.constants.items():
-        elements = int(np.prod(kept_shape(name) or tensor.shape))
-        weight_bytes += elements * _itemsize(traced.facts.types.get(name, 1))
-        if dtype_is_float(tensor.dtype):
-            parameters += elements
+        weight_bytes += int(np.prod(kept_shape(name) or tensor.shape) * _itemsize(traced.facts.types.get(name, 1)))
+    parameters = sum(int(np.prod(kept_shape(name) or ())) for name in traced.weights)
     return Counts(parameters, _macs(groups, gone), _peak(groups, kept_shape), weight_bytes)
 
 

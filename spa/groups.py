@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from spa.atoms import Labels
 from spa.count import Costs, node_costs
-from spa.shapes import dtype_is_float
 from spa.trace import Axis, Reason, Traced
 
 Site = tuple[str, int]  # (value, axis)
@@ -108,7 +107,7 @@ def find_groups(traced: Traced) -> Groups:
     on, families = _places(np.concatenate([[-1], group_of]), len(sizes), sites, labels)
     costs = node_costs(traced, number, len(order))
     held = traced.atoms.causes(order[:, None])[:, 0] if len(order) else np.zeros(0, np.int64)
-    weights = {n for n, c in traced.constants.items() if dtype_is_float(c.dtype)}
+    weights = set(traced.weights)
     groups = tuple(_group(traced, i, starts[i], sizes[i], on, held, costs, weights) for i in range(len(sizes)))
     return Groups(traced, _named(traced, groups), labels, len(order), families, number)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from passes import fold_constants, unshare_constants
+from passes import drop_dead_nodes, fold_constants, gather_shuffles, unshare_constants
 from spa.rewrite import copy_graph
 from spa.shapes import Facts, infer
 from spa.store import Model, with_graph
@@ -28,6 +28,9 @@ def normalize(model: Model, inputs: Mapping[str, Sequence[int]] | None = None) -
     facts = infer(graph, inputs)
     copies = unshare_constants(graph, SHARED)
     folded = fold_constants(graph, facts.computed)
-    if folded or copies:
+    shuffles = gather_shuffles(graph, facts.shapes)
+    if shuffles:
+        drop_dead_nodes(graph)
+    if folded or copies or shuffles:
         facts = infer(graph, inputs)
     return Normal(with_graph(model, graph), facts, copies)

@@ -82,8 +82,7 @@ def plan_removal(groups: Groups, gone: Gone) -> Removal:
         whole = traced.facts.shapes[value] or ()
         if value in constants:
             cuts[value] = {a: np.delete(np.arange(whole[a]), p) for a, p in axes.items()}
-        else:
-            shapes[value] = {a: whole[a] - len(p) for a, p in axes.items()}
+        shapes[value] = {a: whole[a] - len(p) for a, p in axes.items()}
     attributes: dict[str, dict[str, Any]] = {}
     inputs: dict[tuple[str, int], NDArray[np.int64] | Patch] = {}
     for node in traced.nodes:

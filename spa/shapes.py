@@ -25,6 +25,7 @@ from spa.signatures.table import Dim, One, Product, Refusal, Sum, Term, make, ru
 
 Shape = tuple[int, ...]
 SMALL = 4096  # elements; larger constants are weights, not shape arithmetic
+FLOATS = frozenset({onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16})
 _MOVES = frozenset({"Shape", "Gather", "Slice", "Concat", "Squeeze", "Unsqueeze", "Reshape", "Identity", "Transpose", "Split"})
 _SPACE = (224, 64, 256, 128, 32, 192, 384, 299, 512, 640, 16)
 
@@ -173,7 +174,7 @@ def _bind(graph: gs.Graph, given: Mapping[str, Sequence[Any]], batch: int, space
 def dtype_is_float(dtype: Any) -> bool:
     """Whether a gs dtype (numpy's or ONNX's number) is floating point."""
     try:
-        return onnx.TensorProto.DataType.Name(dtype_to_onnx(dtype)) in ("FLOAT", "FLOAT16", "DOUBLE", "BFLOAT16")
+        return dtype_to_onnx(dtype) in FLOATS
     except (TypeError, ValueError, KeyError):
         return False
 
@@ -331,6 +332,8 @@ class _Walk:
         sizes = [int(np.prod(s)) if (s := self.shapes.get(t.name)) is not None else SMALL for t in node.outputs]
         if max(sizes) > SMALL:
             return False
+        if max(sizes) <= 1:
+            return True
         derived = any(t.name in self.arithmetic for t in node.inputs)
         whole = all(self.types.get(t.name) in (onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.BOOL)
                     for t in node.outputs)
@@ -351,7 +354,10 @@ class _Walk:
             if tensor.name and isinstance(result, np.ndarray | np.generic):
                 self.values[tensor.name] = np.asarray(result)
                 self._set(tensor.name, helper.np_dtype_to_tensor_dtype(np.asarray(result).dtype), np.asarray(result).shape)
-                self.arithmetic.add(tensor.name)
+                if node.op in ("Shape", "Size") or np.asarray(result).dtype.kind in "iub" or any(
+                    t.name in self.arithmetic for t in node.inputs
+                ):
+                    self.arithmetic.add(tensor.name)
 
 
 def _has_graph(node: gs.Node) -> bool:

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import zip_longest
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from spa.atoms import Atoms, Labels, merge, stack
-from spa.shapes import Facts, constant_of, dim_sizes, stored, term_size, view
+from spa.shapes import FLOATS, Facts, constant_of, dim_sizes, dtype_is_float, stored, term_size, view
 from spa.signatures import FIXED, STAT, Refusal, Signature, rule_of
 from spa.signatures.table import Dim, One, Operand, Pick, Product, Sum, Term, cause_of, kind_of
 
@@ -65,6 +66,16 @@ class Traced:
     axes: Mapping[str, tuple[Axis, ...] | None]
     nodes: tuple[NodeTrace, ...]
     reasons: tuple[Reason, ...]
+
+    @cached_property
+    def weights(self) -> tuple[str, ...]:
+        """Float values that the file holds or creates from nothing (ConstantOfShape), in graph order."""
+        found = [n for n, tensor in self.constants.items() if dtype_is_float(tensor.dtype)]
+        for node in self.nodes:
+            if node.signature is not None and node.node.inputs and all(o is None for o in node.signature.inputs):
+                given = all(t.name in self.constants for t in node.node.inputs if t.name)
+                found += [t.name for t in node.node.outputs if given and self.facts.types.get(t.name) in FLOATS]
+        return tuple(found)
 
     @cached_property
     def constants(self) -> Mapping[str, gs.Constant]:
@@ -159,6 +170,8 @@ class _Tracer:
         made = rule(seen)
         if isinstance(made, Refusal):
             return self._refuse(node, f"stays because {made.cause},")
+        if any(o is not None and t.name and self.axes.get(t.name) is None for t, o in zip(node.inputs, made.inputs, strict=False)):
+            return self._refuse(node, "stays because the shape of an operand is unknown,")
         sizes = dim_sizes(made, seen.inputs, seen.outputs)
         if sizes is None:
             return self._refuse(node, f"stays because the shapes do not fit the signature {made}")
@@ -177,7 +190,7 @@ class _Tracer:
 
     def _solve(self, node: gs.Node, made: Signature, sizes: Mapping[str, int]) -> dict[str, Axis]:
         found: dict[str, list[tuple[Axis, str, int]]] = {}
-        for tensor, operand in zip(node.inputs, made.inputs, strict=False):
+        for tensor, operand in zip_longest(node.inputs, made.inputs[: len(node.inputs)]):
             axes = self.axes.get(tensor.name) if tensor.name else None
             if operand is None:
                 self._freeze_value(tensor.name, node_name(node), node.op, made.setting_cause)

@@ -122,7 +122,7 @@ def gemm(node: NodeView) -> Signature | Refusal:
 
 
 signature("FusedGemm", domain="com.microsoft")(gemm)
-signature("FusedConv", "NhwcFusedConv", domain="com.microsoft")(conv)
+signature("FusedConv", domain="com.microsoft")(conv)
 
 
 @signature("Einsum")

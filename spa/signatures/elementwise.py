@@ -23,9 +23,9 @@ Shape = tuple[int, ...] | None
 
 UNARY = """Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Cast Ceil Celu Cos Cosh Elu Erf Exp Floor Gelu HardSigmoid
 HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Sinh Softplus
-Softsign Sqrt Swish Tan Tanh ThresholdedRelu ImageScaler ParametricSoftplus ScaledTanh Binarizer Bernoulli RandomNormalLike
+Softsign Sqrt Swish Tan Tanh ThresholdedRelu ImageScaler ParametricSoftplus ScaledTanh Bernoulli BitCast RandomNormalLike
 RandomUniformLike""".split()
-BROADCAST = """Add And BitShift BitwiseAnd BitwiseOr BitwiseXor CastLike Div Equal Greater GreaterOrEqual Less LessOrEqual
+BROADCAST = """Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual
 Max Mean Min Mod Mul Or Pow PRelu Sub Sum Where Xor""".split()
 
 
@@ -56,6 +56,11 @@ def unary(node: NodeView) -> Signature | Refusal:
     return make(node, "*a -> *a", a=MAP)
 
 
+signature("Binarizer", domain="ai.onnx.ml")(unary)
+signature("CastLike", pattern="*a, *z -> *a")  # of the second operand only the type is read
+signature("SwiGLU", pattern="*a, *a -> *a")
+
+
 @signature("Clip", "Dropout", "Trunc")
 def unary_with_settings(node: NodeView) -> Signature | Refusal:
     """Each element alone; what follows the first input are scalars (or a mask as second output)."""
@@ -65,7 +70,7 @@ def unary_with_settings(node: NodeView) -> Signature | Refusal:
 @signature(*BROADCAST)
 def broadcast(node: NodeView) -> Signature | Refusal:
     """Operands spread over each other (numpy's rule)."""
-    legacy = legacy_axis(node)
+    legacy = legacy_slope(node) if node.op == "PRelu" else legacy_axis(node)
     shapes = list(node.inputs)
     out = result_shape([s for s, there in zip(shapes, node.present, strict=True) if there])
     if legacy is not None:
@@ -87,6 +92,15 @@ def legacy_axis(node: NodeView) -> Signature | None:
     second = tuple(One() if n == 1 and x[axis + i] != 1 else Dim(names[axis + i]) for i, n in enumerate(y))
     whole = tuple(map(Dim, names))
     return Signature((whole, second), (whole,))
+
+
+def legacy_slope(node: NodeView) -> Signature | None:
+    """Before opset 7, a slope with one number a channel belongs to axis 1."""
+    x, slope = node.inputs[:2]
+    if node.opset >= 7 or x is None or slope is None or len(slope) != 1 or slope[0] == 1 or len(x) < 2:
+        return None
+    whole = tuple(Dim(f"a.{i}") for i in range(len(x)))
+    return Signature((whole, whole[1:2]), (whole,))
 
 
 @signature("Expand")

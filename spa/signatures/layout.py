@@ -283,6 +283,18 @@ def gather_elements(node: NodeView) -> Signature | Refusal:
                      {"x": BY_DATA, "y": "holds positions"})
 
 
+@signature("TensorScatter")
+def tensor_scatter(node: NodeView) -> Signature | Refusal:
+    """Writes a block into a cache at places that are data: the axis of time stays, and so does the batch that has the places."""
+    shape = node.inputs[0]
+    if shape is None:
+        return Refusal(UNKNOWN)
+    axis = axis_of(node, -2, len(shape))
+    cache = tuple(Dim(f"x.{i}" if i in (0, axis) else f"a.{i}") for i in range(len(shape)))
+    update = tuple(Dim("y") if i == axis else t for i, t in enumerate(cache))
+    return Signature((cache, update, None), (cache,), {"x": FIXED, "y": FIXED}, {"x": BY_DATA})
+
+
 @signature("GatherND", "ScatterND")
 def gather_nd(node: NodeView) -> Signature | Refusal:
     """The leading axes are picked by data; those behind them pass."""
@@ -358,11 +370,11 @@ def pad(node: NodeView) -> Signature | Refusal:
 
 @signature("Resize", "Upsample")
 def resize(node: NodeView) -> Signature | Refusal:
-    """Axes that keep their size pass; the others are space."""
+    """Axes that are scaled by one pass; the others are space."""
     shape, out = node.inputs[0], node.outputs[0]
     if shape is None or out is None or len(shape) != len(out):
         return Refusal(UNKNOWN)
-    same = [n == m for n, m in zip(shape, out, strict=True)]
+    same = [n == m and i not in _resampled(node, len(shape)) for i, (n, m) in enumerate(zip(shape, out, strict=True))]
     left = tuple(Dim(f"a.{i}" if s else f"x.{i}") for i, s in enumerate(same))
     right = tuple(Dim(f"a.{i}" if s else f"y.{i}") for i, s in enumerate(same))
     carries = ()
@@ -371,6 +383,21 @@ def resize(node: NodeView) -> Signature | Refusal:
         carries = (Carry(3, tuple(right[a] if same[a % len(shape)] else None for a in axes)),)
     inputs: tuple[Operand, ...] = (left, *[None] * (len(node.inputs) - 1))
     return Signature(inputs, (right,), {"x": FIXED, "y": FIXED}, {"x": "is resized"}, carries=carries)
+
+
+def _resampled(node: NodeView, rank: int) -> set[int]:
+    """Axes that are resampled even where their size stays: scaled by nearly one, cropped, moved, or tied by the aspect ratio."""
+    axes = [a % rank for a in ints(node.attrs.get("axes")) or range(rank)]
+    moved = str(node.attrs.get("coordinate_transformation_mode", "")) in ("tf_crop_and_resize", "tf_half_pixel_for_nn")
+    if moved or str(node.attrs.get("keep_aspect_ratio_policy", "stretch")) != "stretch":
+        return set(axes)
+    place = 1 if node.opset < 11 else 2
+    scales = node.attrs.get("scales")
+    if scales is None and place < len(node.inputs) and node.present[place] and not (node.inputs[place] == (0,)):
+        scales = node.value(place)
+        if scales is None:
+            return set(axes)
+    return set() if scales is None else {a for a, s in zip(axes, np.ravel(scales), strict=False) if s != 1}
 
 
 @signature("DepthToSpace")
@@ -383,9 +410,27 @@ def depth_to_space(node: NodeView) -> Signature | Refusal:
 
 @signature("SpaceToDepth")
 def space_to_depth(node: NodeView) -> Signature | Refusal:
-    """Space becomes the outer factor of the channels."""
+    """Space becomes part of the channels; `mode` says which."""
     block = int(node.attrs["blocksize"])
-    return make(node, "n c (h p) (w q) -> n (p q c) h w", sizes={"p": block, "q": block}, p=FIXED, q=FIXED, h=FIXED, w=FIXED)
+    channel = "(c p q)" if node.attrs.get("mode", "DCR") == "CRD" else "(p q c)"
+    return make(node, f"n c (h p) (w q) -> n {channel} h w", sizes={"p": block, "q": block}, p=FIXED, q=FIXED, h=FIXED, w=FIXED)
+
+
+@signature("Col2Im")
+def col2im(node: NodeView) -> Signature | Refusal:
+    """Blocks of each channel are put together to an image, each channel alone."""
+    block = ints(node.value(2))
+    if block is None:
+        return Refusal("the shape of its blocks is computed at run time")
+    return make(node, "n (c k) l, -, - -> n c *s", sizes={"k": math.prod(block)}, k=FIXED, l=FIXED, s=FIXED,
+                causes={"k": "is a block's extent"})
+
+
+@signature("Constant")
+def constant(node: NodeView) -> Signature | Refusal:
+    """A stored value, free as an initializer is; tracing treats both alike."""
+    out = node.outputs[0]
+    return Refusal(UNKNOWN) if out is None else Signature((), (whole(len(out)),), sizes={f"a.{i}": n for i, n in enumerate(out)})
 
 
 @signature("ConstantOfShape")

@@ -24,11 +24,11 @@ from spa.signatures.table import (
 def batch_normalization(node: NodeView) -> Signature | Refusal:
     """Stored statistics, one a channel: each channel alone."""
     shape = node.inputs[0]
-    if node.attrs.get("training_mode"):
+    if node.attrs.get("training_mode") or any(s is not None for s in node.outputs[1:]):
         return Refusal("it is in training mode")
     if shape is not None and len(shape) == 1:
         return make(node, "c, c, c, c, c -> c")
-    return make(node, "n c *s, c, c, c, c -> n c *s, -, -, -, -", c=MAP)
+    return make(node, "n c *s, c, c, c, c -> n c *s", c=MAP)
 
 
 @signature("InstanceNormalization")

@@ -29,7 +29,7 @@ def quantize(node: NodeView) -> Signature | Refusal:
     names = [f"a.{i}" for i in range(len(shape))]
     terms: Operand = tuple(map(Dim, names))
     small: Operand = None
-    axis = axis_of(node, 1, len(shape)) if shape else 0
+    axis = min(axis_of(node, 1, len(shape)), len(shape) - 1) if shape else 0
     block = int(node.attrs.get("block_size", 0))
     if block and len(scale) == len(shape):
         if shape[axis] % block:
@@ -71,18 +71,19 @@ def features(node: NodeView) -> Signature | Refusal:
 
 CAUSES = {
     "its positions or sizes depend on data": """NonZero OneHot NonMaxSuppression Range EyeLike RandomNormal RandomUniform
-        Multinomial Det StringNormalizer TfIdfVectorizer AffineGrid BlackmanWindow HannWindow HammingWindow
-        MelWeightMatrix DFT STFT Col2Im CenterCropPad ImageDecoder TensorScatter""",
+        Multinomial Det Unique StringNormalizer TfIdfVectorizer AffineGrid BlackmanWindow HannWindow HammingWindow
+        MelWeightMatrix DFT STFT CenterCropPad ImageDecoder StringConcat StringSplit RegexFullMatch""",
     "its body is a graph of its own, which is not pruned": "If Loop Scan SequenceMap",
     "it handles sequences or optional values": """SequenceConstruct SequenceAt SequenceInsert SequenceErase SequenceEmpty
         SequenceLength ConcatFromSequence SplitToSequence Optional OptionalGetElement OptionalHasElement""",
     "its terms have zero points that a removed channel would change": """QLinearConv QLinearMatMul ConvInteger
         MatMulInteger DynamicQuantizeLinear""",
+    "its state is carried from step to step": "LinearAttention",
     "it is a loss": "SoftmaxCrossEntropyLoss NegativeLogLikelihoodLoss",
 }
 MICROSOFT = """MatMulNBits MatMulBnb4 MoE QMoE GroupQueryAttention PackedAttention PackedMultiHeadAttention
 EmbedLayerNormalization RotaryEmbedding QAttention QLinearAdd QLinearMul QLinearConv QLinearGlobalAveragePool QLinearSigmoid
-QLinearLeakyRelu QLinearConcat QLinearAveragePool QLinearSoftmax QGemm DynamicQuantizeMatMul MatMulIntegerToFloat
+QLinearLeakyRelu QLinearConcat QLinearAveragePool QLinearSoftmax QGemm NhwcFusedConv DynamicQuantizeMatMul MatMulIntegerToFloat
 SkipGroupNorm GroupNorm NhwcConv NhwcMaxPool DecoderMaskedMultiHeadAttention SparseAttention LinearAttention
 CausalConvWithState GatherBlockQuantized BifurcationDetector BeamSearch GreedySearch Sampling NGramRepeatBlock Irfft Rfft
 DynamicQuantizeLSTM QOrderedMatMul RelativePositionBias GatedRelativePositionBias""".split()
@@ -98,6 +99,8 @@ def _frozen(cause: str, domain: str, ops: list[str]) -> None:
 for _cause, _ops in CAUSES.items():
     _frozen(_cause, "", _ops.split())
 _frozen("this fused operator has no signature yet", "com.microsoft", MICROSOFT)
+_frozen("its body is a graph of its own, which is not pruned", "ai.onnx.preview", ["FlexAttention"])
+_frozen("it is a step of training", "ai.onnx.preview.training", "Adagrad Adam Gradient Momentum".split())
 _frozen("it is an operator of classical machine learning, whose attributes hold the parameters", "ai.onnx.ml", LEARNED)
 
 for _op in "Gelu FastGelu QuickGelu Trilu Inverse".split():

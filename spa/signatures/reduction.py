@@ -92,7 +92,7 @@ def argument(node: NodeView) -> Signature | Refusal:
     return Signature((tuple(names),), (out,), {"r": FIXED, "a": MAP}, {"r": CHOOSES})
 
 
-@signature("TopK", "CumSum", "CumProd", "LpPool1D", "Compress", "Unique")
+@signature("TopK", "CumSum", "CumProd", "Compress")
 def along(node: NodeView) -> Signature | Refusal:
     """What happens along one axis depends on the order or the rank of all positions; other axes pass."""
     shape = node.inputs[0]
@@ -101,7 +101,7 @@ def along(node: NodeView) -> Signature | Refusal:
     axis: int | None = None
     if "axis" in node.attrs or node.op == "TopK":
         axis = axis_of(node, -1, len(shape))
-    elif len(node.inputs) > 1:
+    elif node.op != "Compress" and len(node.inputs) > 1:
         listed = ints(node.value(1))
         axis = listed[0] % len(shape) if listed else None
     if axis is None:
@@ -109,7 +109,7 @@ def along(node: NodeView) -> Signature | Refusal:
     terms = tuple(Dim("r" if i == axis else f"a.{i}") for i in range(len(shape)))
     out = tuple(Dim("q" if i == axis else f"a.{i}") for i in range(len(shape)))
     outputs = tuple(out if s is not None and len(s) == len(shape) else None for s in node.outputs)
-    return Signature((terms,), outputs, {"r": FIXED, "q": FIXED}, {"r": "the order of all positions along it matters"})
+    return Signature((terms, *[None] * (len(node.inputs) - 1)), outputs, {"r": FIXED, "q": FIXED}, {"r": "the order of all positions along it matters"})
 
 
 @signature("LpNormalization")
@@ -135,5 +135,8 @@ def global_pool(node: NodeView) -> Signature | Refusal:
 
 @signature("AveragePool", "MaxPool", "LpPool")
 def pool(node: NodeView) -> Signature | Refusal:
-    """Each channel alone; windows in space."""
-    return make(node, "n c *s -> n c *t, n c *t", s=FIXED, t=FIXED, causes={"s": "a window slides along it"})
+    """Each channel alone; windows in space. Indices count through all channels."""
+    if any(s is not None for s in node.outputs[1:]):
+        return make(node, "n c *s -> n c *t, n c *t", n=FIXED, c=FIXED, s=FIXED, t=FIXED,
+                    causes={"c": "is counted by its indices", "n": "is counted by its indices", "s": "a window slides along it"})
+    return make(node, "n c *s -> n c *t", s=FIXED, t=FIXED, causes={"s": "a window slides along it"})

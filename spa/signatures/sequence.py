@@ -20,35 +20,26 @@ from spa.signatures.table import (
 )
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
-DEFAULT = {"LSTM": ["sigmoid", "tanh", "tanh"], "GRU": ["sigmoid", "tanh"], "RNN": ["tanh"]}
-ZERO_AT_ZERO = {"tanh", "relu", "affine", "leakyrelu", "elu", "softsign", "scaledtanh", "thresholdedrelu"}
 
 
 @signature("LSTM", "GRU", "RNN")
 def recurrent(node: NodeView) -> Signature | Refusal:
     """Hidden units go one by one, in both directions alike.
 
-    A unit whose parameters are all zero stays zero for ever if its activation maps zero to zero; that is the masked form.
+    In the masked form a unit has no parameters, and its column of the recurrent weight is zero: no other unit sees it.
     """
     gates = GATES[node.op]
     time = "b t" if node.attrs.get("layout") else "t b"
     state = "b r h" if node.attrs.get("layout") else "r b h"
     out = "b t r h" if node.attrs.get("layout") else "t r b h"
     w = f"({gates} h)" if gates > 1 else "h"
-    names = [str(a).lower() for a in node.attrs.get("activations", [])] or DEFAULT[node.op]
-    per = len(DEFAULT[node.op])
-    first = 1 if node.op == "GRU" else 0
-    candidates = [n for i, n in enumerate(names) if i % per >= first] if node.op != "LSTM" else [
-        n for i, n in enumerate(names) if i % per == 1
-    ]
-    free = all(n in ZERO_AT_ZERO for n in candidates)
     return make(
         node,
-        f"{time} i, r {w} i, r {w} h, r ({2 * gates} h), -, {state}, {state}, r (3 h) -> {out}, {state}, {state}",
+        f"{time} i, r {w} i, r {w} h, r ({2 * gates} h), b, {state}, {state}, r (3 h) -> {out}, {state}, {state}",
         carries=[Carry("hidden_size", Dim("h"))],
-        causes={"h": "its activation does not map zero to zero", "t": "is time", "r": "counts directions"},
+        causes={"t": "is time", "r": "counts directions"},
         macs=(("t", "b", "r", gates, "h", "i"), ("t", "b", "r", gates, "h", "h")),
-        t=FIXED, r=FIXED, b=MAP, i=SUM, h=SUM if free else FIXED,
+        t=FIXED, r=FIXED, b=MAP, i=SUM, h=SUM,
     )
 
 
@@ -72,11 +63,12 @@ def attention(node: NodeView) -> Signature | Refusal:
         text = "b (kv g) t d, b kv s d, b kv s e"
     out = "b t (kv g e)" if flat else "b (kv g) t e"
     mask = node.inputs[3] if len(node.inputs) > 3 and node.present[3] else None
-    masks = "-" if mask is None or len(mask) < 4 or mask[1] == 1 else "mb (kv g) mt ms"
+    axes = ["b", "(kv g)", "mt", "ms"]
+    masks = " ".join("1" if n == 1 else axes[4 - len(mask) + i] for i, n in enumerate(mask)) if mask else "-"
     return make(
-        node, f"{text}, {masks}, b kv p d, b kv p e -> {out}, b kv u d, b kv u e, b (kv g) t u",
+        node, f"{text}, {masks}, b kv p d, b kv p e, b -> {out}, b kv u d, b kv u e, b (kv g) t u",
         sizes=sizes, carries=carries, macs=(("b", "kv", "g", "t", "s", "d"), ("b", "kv", "g", "t", "s", "e")),
-        d=SUM, t=FIXED, s=FIXED, p=FIXED, u=FIXED, mb=FIXED, mt=FIXED, ms=FIXED,
+        d=SUM, t=FIXED, s=FIXED, p=FIXED, u=FIXED, mt=FIXED, ms=FIXED,
     )
 
 
@@ -88,7 +80,7 @@ def rotary(node: NodeView) -> Signature | Refusal:
         return Refusal("its shape is unknown")
     pair = "(r 2)" if node.attrs.get("interleaved") else "(2 r)"
     partial = int(node.attrs.get("rotary_embedding_dim", 0))
-    tables = " ".join(["_"] * (len(node.inputs[1]) - 1))
+    tables = "b t" if len(node.inputs[1]) == 3 else "_"  # one row a position of x, or a table that the fourth input looks up
     if len(shape) == 4:
         depth, text, carries = shape[3], f"b h t {pair}", []
     else:
@@ -99,9 +91,9 @@ def rotary(node: NodeView) -> Signature | Refusal:
         carries = [Carry("num_heads", Dim("h"))]
     if partial not in (0, depth):
         plain = text.replace(pair, "d")
-        return make(node, f"{plain}, {tables} z, {tables} z, - -> {plain}", sizes={"d": depth}, carries=carries,
+        return make(node, f"{plain}, {tables} z, {tables} z, b t -> {plain}", sizes={"d": depth}, carries=carries,
                     causes={"d": "only a part of it is turned"}, d=FIXED, z=FIXED)
-    return make(node, f"{text}, {tables} r, {tables} r, - -> {text}", sizes={"r": depth // 2}, carries=carries, r=MAP)
+    return make(node, f"{text}, {tables} r, {tables} r, b t -> {text}", sizes={"r": depth // 2}, carries=carries, r=MAP)
 
 
 def _heads(node: NodeView) -> int:
@@ -130,10 +122,12 @@ def packed_attention(node: NodeView) -> Signature | Refusal:
     heads = _heads(node)
     sizes: Mapping[str, int] = {"h": heads}
     weight = node.inputs[1]
-    if weight is None or not heads or node.attrs.get("qkv_hidden_sizes") or any(node.present[4:]):
+    if weight is None or not heads or node.attrs.get("qkv_hidden_sizes") or any(node.present[4:]) \
+            or node.attrs.get("do_rotary") or any(s is not None for s in node.outputs[1:]):
         return Refusal("its form (different widths, cache or bias of scores) has no signature yet")
     carries = [Carry("num_heads", Dim("h"))]
     if not node.attrs.get("scale"):
         carries.append(Carry("scale", value=1 / math.sqrt(weight[1] // 3 // heads)))
     return make(node, "b s i, i (3 h d), (3 h d), - -> b s (h d)", sizes=sizes, carries=carries,
-                macs=(("b", "s", "i", 3, "h", "d"), (2, "b", "h", "s", "s", "d")), i=SUM, d=SUM, s=FIXED)
+                macs=(("b", "s", "i", 3, "h", "d"), (2, "b", "h", "s", "s", "d")), i=SUM, d=SUM, s=FIXED,
+                b=FIXED if any(node.present[3:]) else MAP)

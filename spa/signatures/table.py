@@ -252,6 +252,9 @@ def make(
     blank: list[int] = []
     try:
         ranks = [None if s is None else len(s) for s in node.inputs]
+        for i, rank in enumerate(ranks):
+            if rank is None and node.present[i] and i < len(left) and left[i] != ("-",):
+                return Refusal("the shape of an operand is unknown")
         inputs = tuple(
             _operand(left[i], r, known, blank) if i < len(left) and node.present[i] else None
             for i, r in enumerate(ranks)

@@ -1,0 +1,325 @@
+"""Reporting: results as tables for people, and as plain data with exact numbers for JSON. Nothing is computed here.
+
+Every table has a `limit` of rows; what is left out is counted, and listed by --json.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Group as Lines
+from rich.console import RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from spa.bench import Lap, Race
+from spa.check import Check
+from spa.count import Counts
+from spa.explain import Cause, Explanation, Part, Path, printable, site_name
+from spa.groups import Group, Site
+from spa.plan import Plan
+from spa.trace import Reason
+
+LIMIT = 15  # rows of a list
+NAME = 52  # characters of a name
+
+Row = Sequence[str | Text]
+
+
+def shorten(text: str, width: int = NAME) -> str:
+    """A name that fits, its middle left out: both ends tell names apart."""
+    text = printable(text)
+    if len(text) <= width:
+        return text
+    tail = (width - 1) * 3 // 5
+    return f"{text[: width - 1 - tail]}…{text[-tail:]}"
+
+
+def amount(number: float, unit: str = "") -> str:
+    """Four digits and a prefix: 11.19 M, 44.9 MB."""
+    for power, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= power * 0.9995:
+            scaled = number / power
+            return f"{scaled:.{2 if scaled < 99.95 else 1}f} {prefix}{unit}"
+    return f"{number:.0f} {unit}".rstrip() if number == int(number) else f"{number:.1f} {unit}".rstrip()
+
+
+def duration(seconds: float) -> str:
+    """Three digits and a unit: 12.3 ms."""
+    for power, unit in ((1.0, "s"), (1e-3, "ms")):
+        if seconds >= power:
+            value = seconds / power
+            return f"{value:.{max(2 - int(math.log10(value)), 0)}f} {unit}"
+    return f"{seconds / 1e-6:.0f} µs"
+
+
+def percent(part: float, whole: float) -> str:
+    """Share of a whole: 25.1 %."""
+    return f"{100 * part / whole:.1f} %" if whole else "–"
+
+
+def table(
+    title: str, columns: Sequence[str], rows: Sequence[Row], *, limit: int | None = LIMIT, flow: Iterable[int] = ()
+) -> RenderableType:
+    """Rows under a title. Columns of a name that starts with ">" are right-aligned; those numbered in `flow` may wrap."""
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="bold", show_edge=False)
+    wraps = set(flow)
+    for i, name in enumerate(columns):
+        right = name.startswith(">")
+        made.add_column(Text(name.lstrip(">")), justify="right" if right else "left", no_wrap=i not in wraps,
+                        overflow="fold" if i in wraps else "ellipsis")
+    shown = rows if limit is None else rows[:limit]
+    for row in shown:
+        made.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in row))
+    left = len(rows) - len(shown)
+    parts: list[RenderableType] = [Text(title, style="bold cyan"), Padding(made, (0, 0, 0, 2), expand=False)]
+    if left:
+        parts.append(Text(f"  … and {left} more (--json lists all)", style="dim"))
+    return Lines(*parts, Text(""))
+
+
+def comparison(before: Counts, after: Counts, *, sizes: tuple[int, int] | None = None, race: Race | None = None) -> RenderableType:
+    """What the model cost and what it costs now: absolute, absolute, ratio. `sizes`: bytes of the files."""
+    rows: list[Row] = []
+
+    def add(name: str, old: float, new: float, show: Any) -> None:
+        rows.append((name, show(old), show(new), percent(new, old)))
+
+    add("parameters", before.parameters, after.parameters, amount)
+    add("MACs", before.macs, after.macs, amount)
+    if sizes:
+        add("file size", *sizes, lambda n: amount(n, "B"))
+    add("peak activation memory", before.peak_bytes, after.peak_bytes, lambda n: amount(n, "B"))
+    if race:
+        old, new = race.laps
+        rows.append(("latency, ONNX Runtime CPU", duration(old.median), duration(new.median), f"{100 * new.ratio:.1f} %"))
+    return table("Before and after", ("", ">before", ">after", ">left"), rows)
+
+
+def pruned(plan: Plan, groups: Mapping[str, Group]) -> RenderableType:
+    """Groups that shrink, the largest saving first."""
+    def saved(name: str) -> float:
+        entry = plan.groups[name]
+        return float((entry["size"] - len(entry["kept"])) * (groups[name].parameters if name in groups else 0))
+
+    names = sorted(plan.groups, key=lambda n: -saved(n))
+    rows = [
+        (shorten(n), str(plan.groups[n]["size"]), "→", str(len(plan.groups[n]["kept"])),
+         percent(len(plan.groups[n]["kept"]), plan.groups[n]["size"]))
+        for n in names
+    ]
+    return table(f"Pruned: {count_of(len(names), 'group')}", ("group", ">from", "", ">to", ">left"), rows)
+
+
+def frozen(causes: Sequence[Cause], totals: Counts, *, limit: int | None = LIMIT) -> RenderableType:
+    """What stays and why, most costly first."""
+    rows = [
+        (printable(c.cause) + (f" ({c.op})" if c.op else ""), str(c.groups), str(c.channels), percent(c.parameters, totals.parameters),
+         percent(c.macs, totals.macs), percent(c.stuck, totals.parameters), shorten(c.example, 38))
+        for c in causes
+    ]
+    head = ("cause", ">groups", ">size", ">params", ">MACs", ">stuck", "for example")
+    title = f"Frozen: {count_of(sum(c.groups for c in causes), 'group')}"
+    legend = "  params, MACs: share that lies on these axes; stuck: share of parameters that no other axis can shrink either\n"
+    return Lines(table(title, head, rows, limit=limit, flow=(0,)), *([Text(legend, style="dim")] if rows else []))
+
+
+def notes(texts: Mapping[str, str]) -> RenderableType:
+    """Why groups keep more than was asked for."""
+    rows = [(shorten(name, 40), printable(text)) for name, text in texts.items()]
+    return table("Kept more than asked", ("group", "why"), rows, flow=(1,))
+
+
+def proof(check: Check | None) -> RenderableType:
+    """The proof's largest difference."""
+    if check is None:
+        return Text("Proof: not run (--no-check)\n", style="yellow")
+    if not check.differences:
+        return Text("Proof: the model has no outputs to compare\n", style="yellow")
+    worst = max(check.differences, key=lambda d: d.relative)
+    says = "removing equals masking" if check.passed else "removing and masking DIFFER"
+    text = (f"Proof: {says}; largest difference {worst.relative:.1e} of the scale of output {shorten(worst.output, 40)}, "
+            f"{check.tolerance:.0e} allowed\n")
+    return Text(text, style="green" if check.passed else "bold red")
+
+
+def groups_table(groups: Sequence[Group], *, limit: int | None = LIMIT) -> RenderableType:
+    """Groups with what one channel costs, the most costly first."""
+    rows = [
+        (shorten(g.name), str(g.size), str(len(g.sites)), amount(g.parameters), amount(g.macs))
+        for g in sorted(groups, key=lambda g: -g.parameters * g.size)
+    ]
+    head = ("group", ">size", ">sites", ">params/channel", ">MACs/channel")
+    return table(f"Free: {count_of(len(rows), 'group')}", head, rows, limit=limit)
+
+
+def totals(counts: Counts) -> RenderableType:
+    """One line on the whole model."""
+    peak = amount(counts.peak_bytes, "B")
+    return Text(f"{amount(counts.parameters)} parameters, {amount(counts.macs)} MACs, {peak} peak activation memory\n")
+
+
+def group_details(group: Group, *, limit: int = LIMIT) -> RenderableType:
+    """One group with its sites."""
+    state = f"stays: {because(group.frozen)}" if group.frozen else "may shrink"
+    head = Text(f"{shorten(group.name, 90)}: {group.size} channels, {state}\n  one channel costs {amount(group.parameters)} parameters, "
+                f"{amount(group.macs)} MACs\n")
+    return Lines(head, table(f"On {count_of(len(group.sites), 'axis', 'axes')}", ("value", ">axis"), _site_rows(group.sites), limit=limit))
+
+
+def _site_rows(sites: Iterable[Site]) -> list[Row]:
+    return [(shorten(v, 90), str(a)) for v, a in sites]
+
+
+def because(reason: Reason) -> str:
+    """A reason as a clause, without what is not known."""
+    where = f"axis {reason.axis} of {shorten(reason.value)}" if reason.axis is not None else shorten(reason.value)
+    by = f", at {reason.op} {shorten(reason.node)}" if reason.op else ""
+    return f"{where} {printable(reason.cause).rstrip(',')}{by}"
+
+
+def explanation(found: Explanation) -> RenderableType:
+    """Why an axis may shrink or not."""
+    value, axis = found.site
+    lines: list[RenderableType] = [Text(f"axis {axis} of {shorten(value, 90)}, {count_of(found.length, 'position')}", style="bold cyan")]
+    for part in found.parts:
+        lines += _part(part)
+    if found.held:
+        lines.append(Text(f"  {count_of(found.held, 'position')} of it always stay"))
+    return Lines(*lines, Text(""))
+
+
+def _part(part: Part) -> list[RenderableType]:
+    name = f"group {shorten(part.group.name)} ({part.group.size} channels) " if part.group else ""
+    if part.reason is None:
+        lines: list[RenderableType] = [Text(f"  {name}may shrink, together with {count_of(len(part.coupled), 'axis', 'axes')}:")]
+        lines += [Text(f"    {shorten(v, 90)}:{a}") for v, a in part.coupled[:LIMIT]]
+        left = len(part.coupled) - LIMIT
+        return lines + ([Text(f"    … and {left} more (--json lists all)", style="dim")] if left > 0 else [])
+    lines = [Text(f"  {name}stays: {because(part.reason)}")]
+    return lines + (_steps(part.path) if part.path is not None and part.path.steps else [])
+
+
+def way(found: Path | None, one: Site, other: Site) -> RenderableType:
+    """Why two sites are coupled."""
+    names = f"{shorten(site_name(one))} and {shorten(site_name(other))}"
+    if found is None:
+        return Text(f"{names} are not coupled: no group lies on both\n")
+    return Lines(Text(f"{names} are coupled:", style="bold cyan"), *_steps(found), Text(""))
+
+
+def _steps(found: Path) -> list[RenderableType]:
+    lines: list[RenderableType] = [Text(f"    {shorten(site_name(found.start), 90)}")]
+    for s in found.steps:
+        lines.append(Text(f"    —{printable(s.op)} {shorten(s.node, 48)} (dim {s.dim})→ {shorten(site_name(s.site), 48)}"))
+    return lines
+
+
+def weights(exact: int, differing: Sequence[str], unknown: Sequence[str]) -> RenderableType:
+    """Whether the pruned model's tensors hold exactly the kept elements of the original's."""
+    if not differing and not unknown:
+        return Text(f"Weights: all {exact} float tensors hold exactly the kept elements of the original\n", style="green")
+    head = f"Weights: {exact} float tensors hold exactly the kept elements of the original, {len(differing)} differ, {len(unknown)} are new"
+    rows = [(shorten(n, 90), "differs") for n in differing] + [(shorten(n, 90), "new") for n in unknown]
+    return table(head, ("tensor", ""), rows)
+
+
+def unique(name: str, taken: Sequence[str]) -> str:
+    """A name for a model in a race; a file may run against itself."""
+    return f"{name} #{taken.count(name) + 1}" if name in taken else name
+
+
+def laps(race: Race) -> RenderableType:
+    """A race: medians, quartiles and ratios to the first."""
+    rows = [(shorten(x.name), duration(x.median), f"{duration(x.low)} – {duration(x.high)}", f"{100 * x.ratio:.1f} %") for x in race.laps]
+    threads = count_of(race.threads, "thread") if race.threads else "default threads"
+    title = f"One run on ONNX Runtime {race.version}, {race.provider}, {threads}: median of {count_of(race.rounds, 'round')}"
+    return table(title, ("model", ">latency", ">quartiles", ">to the first"), rows, limit=None)
+
+
+def count_of(number: int, one: str, many: str = "") -> str:
+    """A number with its noun."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+# ---------------------------------------------------------------------- exact
+
+
+def plain(value: Any) -> Any:
+    """Data that JSON can hold: mappings, lists, texts, numbers; what is not finite becomes a text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(v) for v in value]
+    return value
+
+
+def counts_data(counts: Counts) -> dict[str, Any]:
+    """Exact counts."""
+    return {"parameters": counts.parameters, "macs": counts.macs, "peak_activation_bytes": counts.peak_bytes,
+            "weight_bytes": counts.weight_bytes}
+
+
+def reason_data(reason: Reason | None) -> dict[str, Any] | None:
+    """A reason by its parts."""
+    if reason is None:
+        return None
+    return {"cause": reason.cause.rstrip(","), "op": reason.op, "node": reason.node, "value": reason.value, "axis": reason.axis}
+
+
+def group_data(group: Group, *, sites: bool = True) -> dict[str, Any]:
+    """A group with exact costs of one channel."""
+    found = {"name": group.name, "size": group.size, "parameters_per_channel": group.parameters, "macs_per_channel": group.macs,
+             "frozen": reason_data(group.frozen)}
+    return {**found, "sites": [list(s) for s in group.sites]} if sites else found
+
+
+def cause_data(cause: Cause) -> dict[str, Any]:
+    """A cause of freezing with exact costs."""
+    return {"cause": cause.cause, "op": cause.op, "groups": cause.groups, "channels": cause.channels, "example": cause.example,
+            "parameters": cause.parameters, "macs": cause.macs, "stuck_parameters": cause.stuck}
+
+
+def check_data(check: Check | None) -> dict[str, Any] | None:
+    """The proof, output by output."""
+    if check is None:
+        return None
+    outputs = {d.output: {"absolute": d.absolute, "relative": d.relative} for d in check.differences}
+    return {"passed": check.passed, "largest_difference": check.worst, "tolerance": check.tolerance, "outputs": outputs}
+
+
+def race_data(race: Race | None) -> dict[str, Any] | None:
+    """A race in seconds."""
+    if race is None:
+        return None
+    return {"provider": race.provider, "onnxruntime": race.version, "threads": race.threads, "rounds": race.rounds,
+            "laps": [lap_data(x) for x in race.laps]}
+
+
+def lap_data(lap: Lap) -> dict[str, Any]:
+    """One model's times in seconds."""
+    return {"model": lap.name, "median_seconds": lap.median, "low_quartile": lap.low, "high_quartile": lap.high,
+            "ratio_to_first": lap.ratio}
+
+
+def path_data(found: Path | None) -> dict[str, Any] | None:
+    """A path, step by step."""
+    if found is None:
+        return None
+    return {"start": list(found.start), "steps": [{"op": s.op, "node": s.node, "dim": s.dim, "site": list(s.site)} for s in found.steps]}
+
+
+def explanation_data(found: Explanation) -> dict[str, Any]:
+    """An explanation by its parts."""
+    parts = [
+        {"group": p.group.name if p.group else None, "size": p.group.size if p.group else None, "frozen": reason_data(p.reason),
+         "path": path_data(p.path), "coupled": [list(s) for s in p.coupled]}
+        for p in found.parts
+    ]
+    return {"value": found.site[0], "axis": found.site[1], "length": found.length, "held": found.held, "groups": parts}
