@@ -19,7 +19,8 @@ from rich.text import Text
 from spa.bench import Lap, Race
 from spa.check import Check
 from spa.count import Counts
-from spa.explain import Cause, Explanation, Part, Path, printable, site_name
+from spa.explain import Cause, Explanation, Part, Path, site_name
+from spa.explain import printable as printable
 from spa.groups import Group, Site
 from spa.plan import Plan
 from spa.trace import Reason
@@ -117,15 +118,19 @@ def pruned(plan: Plan, groups: Mapping[str, Group]) -> RenderableType:
 
 def frozen(causes: Sequence[Cause], totals: Counts, *, limit: int | None = LIMIT) -> RenderableType:
     """What stays and why, most costly first."""
+    weighty = [c for c in causes if c.parameters or c.macs]
     rows = [
         (printable(c.cause) + (f" ({c.op})" if c.op else ""), str(c.groups), str(c.channels), percent(c.parameters, totals.parameters),
-         percent(c.macs, totals.macs), percent(c.stuck, totals.parameters), shorten(c.example, 38))
-        for c in causes
+         percent(c.macs, totals.macs), percent(c.stuck, totals.parameters), shorten(c.example, 34))
+        for c in weighty
     ]
     head = ("cause", ">groups", ">size", ">params", ">MACs", ">stuck", "for example")
     title = f"Frozen: {count_of(sum(c.groups for c in causes), 'group')}"
     legend = "  params, MACs: share that lies on these axes; stuck: share of parameters that no other axis can shrink either\n"
-    return Lines(table(title, head, rows, limit=limit, flow=(0,)), *([Text(legend, style="dim")] if rows else []))
+    light = sum(c.groups for c in causes) - sum(c.groups for c in weighty)
+    more = f"  {count_of(light, 'group')} of shapes and settings, which cost nothing, not shown\n" if light else ""
+    shown = [table(title, head, rows, limit=limit, flow=(0,))] if rows else [Text(title, style="bold cyan")]
+    return Lines(*shown, Text((legend if rows else "") + more, style="dim"))
 
 
 def notes(texts: Mapping[str, str]) -> RenderableType:
@@ -142,7 +147,8 @@ def proof(check: Check | None) -> RenderableType:
         return Text("Proof: the model has no outputs to compare\n", style="yellow")
     worst = max(check.differences, key=lambda d: d.relative)
     says = "removing equals masking" if check.passed else "removing and masking DIFFER"
-    text = (f"Proof: {says}; largest difference {worst.relative:.1e} of the scale of output {shorten(worst.output, 40)}, "
+    size = f"{worst.relative:.1e}" if worst.relative else "0"
+    text = (f"Proof: {says}; largest difference {size} of the scale of output {shorten(worst.output, 40)}, "
             f"{check.tolerance:.0e} allowed\n")
     return Text(text, style="green" if check.passed else "bold red")
 
