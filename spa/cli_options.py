@@ -353,7 +353,7 @@ class Guarded(TyperGroup):
             _complain(error, code, sentence, words)
         else:
             if code == 130 and isinstance(code, int):
-                _complain(KeyboardInterrupt(), code, "interrupted; nothing was written", words)
+                _complain(KeyboardInterrupt(), code, "interrupted before it was done", words)
         sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -364,14 +364,15 @@ def verdict(error: BaseException) -> tuple[int, str]:
     if isinstance(error, SpaError):
         return error.exit_code, str(error)
     if isinstance(error, KeyboardInterrupt | typer.Abort):
-        return 130, "interrupted; nothing was written"
+        return 130, "interrupted before it was done"
     if isinstance(error, BrokenPipeError):
         _drop_stdout()
         return 0, ""
     if isinstance(error, MemoryError):
         return 2, "there is not enough memory for this; close other programs or use a larger machine. Nothing was written"
-    if hasattr(error, "format_message"):  # typer's own, of whichever version
-        return 2, f"{' '.join(error.format_message().split()).rstrip('.')}; see --help"
+    if hasattr(error, "format_message"):  # typer's own, of whichever version; without a word where it has shown the help
+        text = " ".join(error.format_message().split())
+        return 2, f"{text}{'' if text.endswith(('.', '?')) else '.'} See --help." if text else ""
     if isinstance(error, OSError):
         return 2, f"{error.filename or 'a file'} can't be read or written: {error.strerror or error}"
     where = traceback.extract_tb(error.__traceback__)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -145,6 +145,8 @@ def explain(groups: Groups, site: Site) -> Explanation:
     rows = groups.labels.get((value, index))
     if rows is None:
         reason = groups.traced.reasons[axis.why] if axis.why else _WHOLE
+        if axis.length == 1 and reason.axis is None:
+            reason = replace(_WHOLE, cause="has size one")
         return Explanation((value, index), axis.length, (Part(None, reason, places.to_origin((value, index), reason), ()),))
     parts = []
     for group in (groups.groups[i] for i in places.groups_on(rows)):

@@ -126,7 +126,7 @@ def _restated(groups: Groups, node: NodeTrace, carry: Carry, sizes: _Sizes) -> I
     if carry.value is not None:
         yield where, (np.array(carry.value, np.int64) if isinstance(where, int) else carry.value)
     elif carry.remap is not None:
-        yield where, _renumbered(groups, node, carry.remap, sizes, where)
+        yield where, _renumbered(node, carry.remap, sizes)
     elif isinstance(carry.sizes, tuple):
         old = _old_list(groups, node, carry, sizes)
         known = old is not None
@@ -175,13 +175,17 @@ def _new_list(old: list[int], carry: Carry, sizes: _Sizes) -> list[int]:
     return new
 
 
-def _renumbered(groups: Groups, node: NodeTrace, pick: Pick, sizes: _Sizes, where: str | int) -> NDArray[np.int64]:
+def _renumbered(node: NodeTrace, pick: Pick, sizes: _Sizes) -> NDArray[np.int64]:
+    """Indices into a dim: those of removed positions go, the others count the kept positions before theirs."""
+    assert node.signature is not None
+    operand = node.signature.inputs[1] or ()
+    index = np.array(pick.index, np.int64).reshape([sizes.of(t, after=False) for t in operand])
+    for axis, term in enumerate(operand):
+        keep = sizes.keep.get(term.name) if isinstance(term, Dim) else None
+        if keep is not None:
+            index = np.compress(keep, index, axis=axis)
     keep = sizes.keep.get(pick.part.name)
-    index = np.array(pick.index, np.int64)
-    if keep is None:
-        return index
-    rank = np.cumsum(keep) - 1
-    return np.asarray(rank[index[keep[index]]], np.int64)
+    return index if keep is None else np.asarray((np.cumsum(keep) - 1)[index], np.int64)
 
 
 def _patch(groups: Groups, node: NodeTrace, carry: Carry, old: list[int], new: list[int], known: bool) -> Patch:

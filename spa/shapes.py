@@ -73,6 +73,14 @@ class View:
             return None
         return self.values.get(self.node.inputs[index].name)
 
+    def positions(self, index: int) -> NDArray[np.int64] | None:
+        """Input `index` if it is a stored tensor of whole numbers, of any size."""
+        tensor = self.node.inputs[index]
+        held = constant_of(tensor.inputs[0]) if isinstance(tensor, gs.Variable) and tensor.inputs else tensor
+        if not isinstance(held, gs.Constant) or np.dtype(held.dtype).kind not in "iu":
+            return None
+        return np.asarray(held._values.load() if hasattr(held._values, "load") else held._values, np.int64)
+
     def constant(self, index: int) -> bool:
         """Whether input `index` is stored in the file."""
         return self.node.inputs[index].name in self.constants

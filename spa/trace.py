@@ -18,7 +18,7 @@ import onnx_graphsurgeon as gs
 from spa.atoms import Atoms, Labels, merge, stack
 from spa.shapes import FLOATS, Facts, constant_of, dim_sizes, dtype_is_float, stored, term_size, view
 from spa.signatures import FIXED, STAT, Refusal, Signature, rule_of
-from spa.signatures.table import Dim, One, Operand, Pick, Product, Sum, Term, cause_of, kind_of
+from spa.signatures.table import Dim, One, Operand, Pick, Product, Sum, Term, cause_of, dims_of, kind_of
 
 
 @dataclass(frozen=True)
@@ -197,6 +197,10 @@ class _Tracer:
                 continue
             for i, (term, axis) in enumerate(zip(operand, axes or (), strict=False)):
                 self._take_apart(term, axis, sizes, found, tensor.name, i)
+        for left, right in made.equations:
+            given = {n: found[n][0][0] for n in dims_of(right)}
+            axis = self._put_together(node, made, right, given, sizes, node.outputs[0].name, 0)
+            self._take_apart(left, axis, sizes, found, node.outputs[0].name, 0)
         return {name: self._join(node, made, name, parts) for name, parts in found.items()}
 
     def _take_apart(

@@ -255,16 +255,15 @@ def gather(node: NodeView) -> Signature | Refusal:
         return Refusal(UNKNOWN)
     axis = axis_of(node, 0, len(data))
     names = whole(len(data))
-    known = node.value(1)
-    if known is not None and len(index) == 1 and node.constant(1) and known.size and known.size > 1:
-        picked = Pick(Dim("row"), tuple(int(i) % data[axis] for i in known))
-        left = tuple(Dim("row") if i == axis else t for i, t in enumerate(names))
-        right: tuple[Term, ...] = tuple(picked if i == axis else t for i, t in enumerate(names))
-        return Signature((left, None), (right,), carries=(Carry(1, remap=picked),))
+    known = node.positions(1)
     rows = tuple(Dim("row") if i == axis else t for i, t in enumerate(names))
-    out = names[:axis] + whole(len(index), "i") + names[axis + 1 :]
-    return Signature((rows, whole(len(index), "i")), (out,), {"row": FIXED, "i": FIXED},
-                     {"row": BY_DATA if known is None else "single positions are picked from it", "i": "holds positions"})
+    listed = whole(len(index), "i")
+    out = names[:axis] + listed + names[axis + 1 :]
+    if known is None or known.size < 2:
+        cause = BY_DATA if known is None else "single positions are picked from it"
+        return Signature((rows, listed), (out,), {"row": FIXED, "i": FIXED}, {"row": cause, "i": "holds positions"})
+    picked = Pick(Dim("row"), tuple((known.ravel() % data[axis]).tolist()))
+    return Signature((rows, listed), (out,), equations=((Product(listed), picked),), carries=(Carry(1, remap=picked),))
 
 
 @signature("GatherElements", "ScatterElements", "Scatter")

@@ -118,6 +118,7 @@ class Signature:
     causes: Mapping[str, str] = field(default_factory=dict)  # of FIXED dims
     sizes: Mapping[str, int] = field(default_factory=dict)
     carries: tuple[Carry, ...] = ()
+    equations: tuple[tuple[Term, Term], ...] = ()  # terms that are the same axis: (of dims to be found, of input dims)
     macs: tuple[tuple[str | int, ...], ...] = ()  # products of dims, summed: multiply-accumulates of the node
     setting_cause: str = "is read as a setting"
 
@@ -148,6 +149,9 @@ class NodeView(Protocol):
 
     def value(self, index: int) -> NDArray[Any] | None:
         """Input `index` as an array if it is a known small constant."""
+
+    def positions(self, index: int) -> NDArray[np.int64] | None:
+        """Input `index` if it is a stored tensor of whole numbers, of any size."""
 
     def constant(self, index: int) -> bool:
         """Whether input `index` is an initializer, a Constant or made of such."""
@@ -282,7 +286,7 @@ def make(
             fixed.setdefault(name, "counts parts that the operator always has")
     for i in range(1, len(blank) + 1):
         all_kinds[f"_{i}"] = FIXED
-    return Signature(inputs, tuple(outputs), all_kinds, fixed, known, tuple(carries), macs)
+    return Signature(inputs, tuple(outputs), all_kinds, fixed, known, tuple(carries), macs=macs)
 
 
 def _rank(tokens: Iterable[str], stars: Mapping[str, int]) -> int | None:
