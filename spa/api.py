@@ -18,8 +18,8 @@ from spa.align import block_of
 from spa.check import Check
 from spa.choose import Options, choose
 from spa.count import Counts, count
-from spa.errors import CheckFailed, NothingToPrune, SpaError
-from spa.feeds import Feeds, draw
+from spa.errors import CheckFailed, NothingToPrune, SpaError, UnsupportedModel
+from spa.feeds import Feeds, draw, shapes_to_try
 from spa.groups import Groups, find_groups
 from spa.masking import masked
 from spa.normalize import Normal, normalize
@@ -27,7 +27,7 @@ from spa.plan import Plan, check_belongs, load_plan, make_plan, mask_of
 from spa.rewrite import CannotRestate, rewrite
 from spa.score import score
 from spa.store import Model, load, save, to_proto, with_graph
-from spa.trace import trace
+from spa.trace import Traced, trace
 from spa.widen import widen
 
 Source: TypeAlias = str | os.PathLike[str] | bytes | ModelProto | Model
@@ -178,7 +178,7 @@ def prove(
     normal = analysis.normal.model
     with stage("proving"):
         reference = with_graph(normal, masked(normal.graph, groups, gone))
-        given = draw(groups.traced, seed=seed) if feeds is None else feeds
+        given = runnable(normal, groups.traced, seed=seed) if feeds is None else feeds
         kept = {
             t.name: {a: np.flatnonzero(k) for a in range(len(groups.traced.facts.shapes.get(t.name) or ()))
                      if (k := groups.keep((t.name, a), gone)) is not None}
@@ -189,6 +189,22 @@ def prove(
             narrow, _ = widen(small, given)
         checking.session(small)  # the model itself must load, whatever its type
         return checking.compare(reference, narrow, given_wide, kept=kept, tolerance=tolerance)
+
+
+def runnable(model: Model, traced: Traced, *, seed: int = 0) -> Feeds:
+    """Drawn inputs that the model runs with on ONNX Runtime. Raises UnsupportedModel that asks for `--input` if none are found."""
+    opened = checking.session(model)
+    first: UnsupportedModel | None = None
+    for shapes in shapes_to_try(traced):
+        feeds = draw(traced, seed=seed, shapes=shapes)
+        try:
+            checking.run_session(opened, feeds)
+            return feeds
+        except UnsupportedModel as error:
+            first = first or error
+    assert first is not None
+    tried = " ".join(f"--input {t.name}:{'x'.join(map(str, traced.facts.shapes.get(t.name) or ()))}" for t in traced.graph.inputs)
+    raise UnsupportedModel(f"{first} (with {tried}: give sizes that fit with --input, inputs with --feeds, or --no-check)") from first
 
 
 def _failure(proof: Check) -> str:

@@ -67,7 +67,11 @@ def session(model: Model, *, threads: int = 0, optimize: bool = True) -> ort.Inf
 
 def run(model: Model, feeds: Feeds, *, optimize: bool = True) -> dict[str, NDArray[np.generic]]:
     """Outputs by name. Raises UnsupportedModel if the runtime fails."""
-    opened = session(model, optimize=optimize)
+    return run_session(session(model, optimize=optimize), feeds)
+
+
+def run_session(opened: ort.InferenceSession, feeds: Feeds) -> dict[str, NDArray[np.generic]]:
+    """Outputs by name of an open session. Raises UnsupportedModel if the runtime fails."""
     names = [o.name for o in opened.get_outputs()]
     try:
         wanted = {i.name for i in opened.get_inputs()}

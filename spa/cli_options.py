@@ -293,10 +293,11 @@ class Terminal:
     def __init__(self, as_json: bool, verbose: bool) -> None:
         self.as_json, self.verbose = as_json, verbose
         self.err = Console(stderr=True, highlight=False)
-        logging.basicConfig(stream=sys.stderr, level=logging.INFO if verbose else logging.ERROR, format="%(name)s: %(message)s")
-        if not verbose:
+        G_LOGGER.severity = G_LOGGER.CRITICAL  # it prints to stdout
+        if verbose:
+            logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(name)s: %(message)s")
+        else:
             warnings.simplefilter("ignore")
-            G_LOGGER.severity = G_LOGGER.CRITICAL
 
     def show(self, data: dict[str, Any], *tables: RenderableType) -> None:
         """The result: as tables, or as JSON."""

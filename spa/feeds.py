@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 
 import networkx as nx
 import numpy as np
@@ -12,11 +13,12 @@ from onnx import helper
 
 from spa.trace import Traced
 
+MOST_TRIES = 100
 Feeds = dict[str, NDArray[np.generic]]
 
 
-def draw(traced: Traced, *, seed: int = 0) -> Feeds:
-    """One batch of inputs under the shapes that tracing assumed.
+def draw(traced: Traced, *, seed: int = 0, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Feeds:
+    """One batch of inputs under the shapes that tracing assumed, or under other ones.
 
     Floats are standard normal; whole numbers that end up as indices of an axis are drawn below its length, all others are
     ones (masks, lengths); booleans are true.
@@ -25,7 +27,7 @@ def draw(traced: Traced, *, seed: int = 0) -> Feeds:
     limits = _limits(traced)
     feeds: Feeds = {}
     for tensor in traced.graph.inputs:
-        shape = traced.facts.shapes.get(tensor.name) or ()
+        shape = (shapes or {}).get(tensor.name) or traced.facts.shapes.get(tensor.name) or ()
         kind = traced.facts.types.get(tensor.name, onnx.TensorProto.FLOAT)
         if kind == onnx.TensorProto.STRING:
             feeds[tensor.name] = np.full(shape, "a", object)
@@ -39,6 +41,24 @@ def draw(traced: Traced, *, seed: int = 0) -> Feeds:
         else:
             feeds[tensor.name] = rng.standard_normal(shape).astype(np.float32).astype(dtype)
     return feeds
+
+
+def shapes_to_try(traced: Traced) -> Iterator[dict[str, tuple[int, ...]]]:
+    """The shapes that tracing assumed, then others: a free size may be too short for a window, or only work as one."""
+    assumed = {t.name: traced.facts.shapes.get(t.name) or () for t in traced.graph.inputs}
+    yield assumed
+    symbols: dict[str, list[tuple[str, int]]] = {}
+    for tensor in traced.graph.inputs:
+        for axis, size in enumerate(tensor.shape or [None] * len(assumed[tensor.name])):
+            if not isinstance(size, int) or size <= 0:
+                symbols.setdefault(size if isinstance(size, str) and size else f"{tensor.name}.{axis}", []).append((tensor.name, axis))
+    options = [(2, 1) if all(a == 0 for _, a in places) else (1, 512, 2, 64, 4096) for places in symbols.values()]
+    for sizes in itertools.islice(itertools.product(*options), MOST_TRIES) if symbols else ():
+        shapes = {n: list(s) for n, s in assumed.items()}
+        for size, places in zip(sizes, symbols.values(), strict=True):
+            for name, axis in places:
+                shapes[name][axis] = size
+        yield {n: tuple(s) for n, s in shapes.items()}
 
 
 def _limits(traced: Traced) -> Mapping[str, int]:

@@ -72,7 +72,7 @@ def table(
     for i, name in enumerate(columns):
         right = name.startswith(">")
         made.add_column(Text(name.lstrip(">")), justify="right" if right else "left", no_wrap=i not in wraps,
-                        overflow="fold" if i in wraps else "ellipsis")
+                        overflow="fold" if i in wraps else "ellipsis", min_width=38 if i in wraps else None)
     shown = rows if limit is None else rows[:limit]
     for row in shown:
         made.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in row))
@@ -146,11 +146,12 @@ def proof(check: Check | None) -> RenderableType:
     if not check.differences:
         return Text("Proof: the model has no outputs to compare\n", style="yellow")
     worst = max(check.differences, key=lambda d: d.relative)
-    says = "removing equals masking" if check.passed else "removing and masking DIFFER"
-    size = f"{worst.relative:.1e}" if worst.relative else "0"
-    text = (f"Proof: {says}; largest difference {size} of the scale of output {shorten(worst.output, 40)}, "
-            f"{check.tolerance:.0e} allowed\n")
-    return Text(text, style="green" if check.passed else "bold red")
+    by = f"{worst.relative:.1e}" if worst.relative else "0"
+    if check.passed:
+        says = f"outputs differ by at most {by} of their scale, {check.tolerance:.0e} is allowed"
+        return Text(f"Proof: removing equals masking; {says}\n", style="green")
+    name = shorten(worst.output, 40)
+    return Text(f"Proof: the models DIFFER, output {name} by {by} of its scale, where {check.tolerance:.0e} is allowed\n", style="bold red")
 
 
 def groups_table(groups: Sequence[Group], *, limit: int | None = LIMIT) -> RenderableType:
