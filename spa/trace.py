@@ -248,15 +248,21 @@ class _Tracer:
             operand: Operand = made.outputs[k] if k < len(made.outputs) else None
             shape = self.facts.shapes.get(tensor.name)
             if operand is None or shape is None or len(shape) != len(operand):
-                self._fixed_value(tensor.name, node_name(node), node.op, "comes from an output without a signature")
+                self._hold(node, tensor.name, "comes from an output without a signature")
                 continue
             axes = []
-            for i, (term, length) in enumerate(zip(operand, shape, strict=True)):
+            for i, term in enumerate(operand):
                 axis = self._put_together(node, made, term, dims, sizes, tensor.name, i)
-                if axis.length != length:
-                    axis = Axis(length, None, self._reason(node_name(node), node.op, tensor.name, i, "has a size that its signature does not give"))
                 axes.append(axis)
             self.axes[tensor.name] = tuple(axes)
+            if any(axis.length != length for axis, length in zip(axes, shape, strict=True)):
+                self._hold(node, tensor.name, "has a size that its signature does not give")
+
+    def _hold(self, node: gs.Node, output: str, cause: str) -> None:
+        """Nothing may be removed from a node of which one output can't be followed: that output would shrink unseen."""
+        self._fixed_value(output, node_name(node), node.op, cause)
+        for tensor in node.inputs:
+            self._freeze_value(tensor.name, node_name(node), node.op, f"stays because {output} {cause},")
 
     def _put_together(
         self, node: gs.Node, made: Signature, term: Term, dims: dict[str, Axis], sizes: Mapping[str, int], value: str, i: int

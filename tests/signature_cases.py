@@ -41,8 +41,12 @@ RANDOM = frozenset({"Bernoulli", "RandomNormalLike", "RandomUniformLike", "Dropo
 READS_SIZES = frozenset({"Shape", "Size"})
 """Operators whose result restates sizes: once positions are gone it is another one, as it must be."""
 
-REFERENCE_WRONG = {"LRN": "counts channels along axis 0"}
-"""Operators that the reference evaluator computes wrongly, and how."""
+REFERENCE_WRONG = {
+    "LRN": "counts channels along axis 0",
+    "GlobalMaxPool": "takes two axes as space, whatever the rank",
+    "BatchNormalization 9": "is always in training mode",
+}
+"""Operators that the reference evaluator computes wrongly, and how; with an opset where it is that version's defect."""
 
 COARSE = {"float16": 1e-2, "bfloat16": 5e-2, "uint8": 2e-2, "int8": 2e-2}
 """Tolerances by the type of an output, relative to its scale; 1e-4 for all other floats."""
@@ -215,7 +219,7 @@ def examine(case: Case, *, whole_numbers: bool = True, seed: int = 0, engines: S
         return found
     originals: dict[str, list[Any]] = {}
     for engine in engines:
-        if engine == "reference" and case.op in REFERENCE_WRONG:
+        if engine == "reference" and not {case.op, f"{case.op} {case.model.opset_import[0].version}"}.isdisjoint(REFERENCE_WRONG):
             continue
         try:
             originals[engine] = ENGINES[engine](proto, feeds)

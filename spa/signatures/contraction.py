@@ -58,6 +58,13 @@ def deform_conv(node: NodeView) -> Signature | Refusal:
     )
 
 
+@signature("CausalConvWithState")
+def causal_conv(node: NodeView) -> Signature | Refusal:
+    """A depthwise convolution along time that carries its last positions: each channel alone."""
+    return make(node, "n c l, c 1 k, c, n c p -> n c l, n c p", macs=(("n", "c", "l", "k"),), causes={"l": "is time", **WINDOW},
+                l=FIXED, k=FIXED, p=FIXED)
+
+
 def matmul_operands(a: tuple[int, ...], b: tuple[int, ...], trans_a: bool = False, trans_b: bool = False) -> Signature:
     """numpy.matmul: the last two axes are matrices, those before are spread over each other."""
     rank = max(len(a), len(b), 2)
