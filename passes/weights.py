@@ -319,6 +319,11 @@ class Weight(LazyValues):  # type: ignore[misc]  # graph-surgeon has no type inf
             filled += block.size
         return result
 
+    def release(self) -> None:
+        """Say that what `load` gave has been used: its pages may leave memory until they are asked for again."""
+        if not self.is_string:
+            self.source.release(0, storage_bytes(self._stored, self.data_type))
+
     def pieces(self) -> Iterator[memoryview]:
         """Read the bytes in raw layout, in pieces of bounded size; a piece is valid until the next one is asked for."""
         if self.is_string:

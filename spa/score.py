@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +15,9 @@ from spa.errors import BadModel
 from spa.groups import Group, Groups
 from spa.shapes import dtype_is_float
 from spa.trace import constant_values
+
+
+BLOCK = 4 << 20  # elements that are scored at a time, which bounds memory
 
 
 @dataclass(frozen=True)
@@ -68,21 +71,37 @@ class _Sums:
         axes = [a for a in range(len(shape)) if (name, a) in self.groups.labels and free[self.groups.labels[name, a]].any()]
         if not axes:
             return
-        array = tensor._values.load() if isinstance(tensor._values, Weight) else tensor.values
-        array = array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)
-        for axis in axes:
-            sums = _powers(array, axis, p)
+        for axis, sums in _powers(tensor, axes, p).items():
             if not np.isfinite(sums).all():
                 raise BadModel(f"Tensor {name!r} holds NaN or infinity, so its channels can't be scored: repair the model first.")
-            into = matrices if array.size > shape[axis] else vectors
+            into = matrices if int(np.prod(shape)) > shape[axis] else vectors
             labels = self.groups.labels[name, axis]
             for column in labels.T:
                 into += np.bincount(column, weights=sums, minlength=len(into))
 
 
-def _powers(array: NDArray[np.floating], axis: int, p: float) -> NDArray[np.float64]:
-    """(length of axis,) sum of |w|^p over all other axes."""
-    cube = array.reshape(int(np.prod(array.shape[:axis])), array.shape[axis], -1)
+def _powers(tensor: gs.Constant, axes: Sequence[int], p: float) -> dict[int, NDArray[np.float64]]:
+    """(length of axis,) sum of |w|^p over all other axes, for each of `axes`; the tensor is read once, in blocks of rows."""
+    weight = tensor._values if isinstance(tensor._values, Weight) else None
+    array = tensor.values if weight is None else weight.load()
+    sums = {axis: np.zeros(array.shape[axis]) for axis in axes}
+    rows = max(1, BLOCK // max(array[:1].size, 1))
+    for start in range(0, array.shape[0], rows):
+        block = array[start : start + rows]
+        block = block if block.dtype in (np.float32, np.float64) else block.astype(np.float32)
+        for axis in axes:
+            found = _along(block, axis, p)
+            if axis:
+                sums[axis] += found
+            else:
+                sums[0][start : start + rows] = found
+        if weight is not None:
+            weight.release()
+    return sums
+
+
+def _along(block: NDArray[np.floating], axis: int, p: float) -> NDArray[np.float64]:
+    cube = block.reshape(int(np.prod(block.shape[:axis])), block.shape[axis], -1)
     if p == 2:
         return np.einsum("aib,aib->i", cube, cube).astype(np.float64)
     return np.asarray((np.abs(cube) ** p if p != 1 else np.abs(cube)).sum(axis=(0, 2)), np.float64)

@@ -182,9 +182,13 @@ def memory(gigabytes: float) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         chain(100, width, path)
-        code = (f"import spa, resource; b=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; spa.prune({str(path)!r}, 0.5, check=False)"
-                f".save({str(Path(folder) / 'small.onnx')!r}); print(b, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
-        taken, done = seconds(lambda: subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True))
+        code = (
+            "import pathlib, re, sys, spa\n"
+            "def peak(): return int(re.search(r'VmHWM:\\s+(\\d+)', pathlib.Path('/proc/self/status').read_text())[1])\n"
+            "before = peak(); spa.prune(sys.argv[1], 0.5, check=False).save(sys.argv[2]); print(before, peak())"
+        )
+        command = [sys.executable, "-c", code, str(path), str(Path(folder) / "small.onnx")]
+        taken, done = seconds(lambda: subprocess.run(command, check=True, capture_output=True, text=True))
         before, peak = map(int, done.stdout.split())
         size = path.with_suffix(".data").stat().st_size
         print(f"{size / 2**30:.2f} GiB of weights in 100 MatMuls of {width}: {taken:.1f} s, peak resident {peak / 1024:.0f} MiB ({before / 1024:.0f} MiB after imports)")
