@@ -141,7 +141,8 @@ class FileSlice:
 
 class InProto:
     """The values of a TensorProto, asked for anew each time: protobuf hands out copies, and keeping them would double
-    the memory that the model takes."""
+    the memory that the model takes.
+    """
 
     def __init__(self, proto: TensorProto) -> None:
         self.proto = proto
@@ -286,7 +287,7 @@ class Weight(LazyValues):  # type: ignore[misc]  # graph-surgeon has no type inf
             raise IndexError("positions to keep are a one-dimensional array of integers")
         chosen = chosen.astype(np.int64)
         size = self.shape[axis]
-        if chosen.size and not (0 <= chosen.min() and chosen.max() < size):
+        if chosen.size and not (chosen.min() >= 0 and chosen.max() < size):
             raise IndexError(f"a position to keep lies outside axis {axis}, which has {size} positions")
         if len(chosen) == size and bool((np.diff(chosen, prepend=-1) == 1).all()):
             return self

@@ -37,7 +37,7 @@ class Options:
 
     def __post_init__(self) -> None:
         for name, ratio in {"--ratio": self.ratio, **{f"the ratio of {k!r}": v for k, v in self.ratios.items()}}.items():
-            low = 0 <= ratio if name != "--ratio" else 0 < ratio
+            low = ratio >= 0 if name != "--ratio" else ratio > 0
             if not (isinstance(ratio, int | float) and low and ratio < 1):
                 raise BadOption(f"{name} is {ratio}, but must lie between 0 and 1, both excluded: 0.5 removes half of the channels.")
         if self.scope not in SCOPES:

@@ -1,7 +1,7 @@
 """Criteria: plain functions that score the coordinates of a group, high = keep. A registry; a user can add to it.
 
-    @spa.criterion("largest")
-    def largest(view): return view.powers(8) ** (1 / 8)
+@spa.criterion("largest")
+def largest(view): return view.powers(8) ** (1 / 8)
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from spa.count import macs_terms
 from spa.errors import BadOption
 from spa.groups import Group, Groups, Site
 from spa.shapes import dtype_is_float
-from spa.signatures.table import dims_of
+from spa.signatures.table import Signature, dims_of
 from spa.trace import Axis, NodeTrace, Reason, node_name
 
 _WHOLE = Reason("", "", "it", None, "stays whole, as nothing says that it may shrink")
@@ -82,7 +82,7 @@ class Explanation:
 class Cause:
     """One cause of freezing, over all groups that it holds.
 
-    groups, channels: how many. example: the first place where it began.
+    groups, channels: how many. example, node: where the most costly of them began.
     parameters, macs: of the whole model, those that lie on a frozen channel (each counted once).
     stuck: those of the parameters that lie on no free channel either, so that nothing can remove them.
     """
@@ -92,6 +92,7 @@ class Cause:
     groups: int
     channels: int
     example: str
+    node: str
     parameters: float
     macs: float
     stuck: float
@@ -156,11 +157,14 @@ def explain(groups: Groups, site: Site) -> Explanation:
 
 
 def path(groups: Groups, one: Site, other: Site) -> Path | None:
-    """Why two sites shrink together: the shortest way through sites of one group; None if they are not coupled."""
+    """Why two sites shrink together: the shortest way through sites of one group, a free one if any; None if they are not coupled."""
     places = _Places(groups)
-    shared = [g.index for g in groups.groups if one in g.sites and other in g.sites]
-    found = [p for i in shared if (p := places.between(one, other, partial(places.holds, i))) is not None]
-    return min(found, key=lambda p: len(p.steps), default=None)
+    shared = [g for g in groups.groups if one in g.sites and other in g.sites]
+    for some in ([g for g in shared if g.frozen is None], shared):
+        found = [p for g in some if (p := places.between(one, other, partial(places.holds, g.index))) is not None]
+        if found:
+            return min(found, key=lambda p: len(p.steps))
+    return None
 
 
 def frozen_causes(groups: Groups) -> tuple[Cause, ...]:
@@ -178,7 +182,9 @@ def frozen_causes(groups: Groups) -> tuple[Cause, ...]:
     for i, ((cause, op), members) in enumerate(kinds.items(), 1):
         largest = max(members, key=lambda g: g.parameters * g.size)
         assert largest.frozen is not None
-        causes.append(Cause(cause, op, len(members), sum(g.size for g in members), _place(largest.frozen),
+        began = largest.frozen
+        example = began.value if began.axis is None else site_name((began.value, began.axis))
+        causes.append(Cause(cause, op, len(members), sum(g.size for g in members), example, began.node,
                             float(parameters[i]), float(macs[i]), float(stuck[i])))
     return tuple(sorted(causes, key=lambda c: (-c.stuck, -c.parameters, -c.macs, c.cause, c.op)))
 
@@ -223,11 +229,6 @@ def dot_text(graph: nx.Graph[str]) -> str:
 def _quoted(text: str) -> str:
     escaped = printable(text.replace("\n", ", ")).replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'
-
-
-def _place(reason: Reason) -> str:
-    axis = reason.value if reason.axis is None else f"{reason.value}:{reason.axis}"
-    return f"{axis} at {reason.node}" if reason.node else axis
 
 
 def _held_costs(groups: Groups, of: NDArray[np.int64], count: int) -> tuple[NDArray[np.float64], ...]:
@@ -279,6 +280,16 @@ def _outside(
     return off, unfree, neither
 
 
+def _picked(signature: Signature) -> dict[str, list[str]]:
+    """Dim of an index -> the dims whose positions it picks, which it is therefore joined with."""
+    found: dict[str, list[str]] = {}
+    for carry in signature.carries:
+        if carry.remap is not None and isinstance(carry.where, int):
+            for name in (n for term in signature.inputs[carry.where] or () for n in dims_of(term)):
+                found.setdefault(name, []).append(carry.remap.part.name)
+    return found
+
+
 class _Places:
     """The dependency graph, with the groups and reasons of each of its nodes as objects."""
 
@@ -325,13 +336,14 @@ class _Places:
     def _node(self, number: int, node: NodeTrace) -> None:
         if node.signature is None:
             return
+        picked = _picked(node.signature)
         sides = [*zip(node.node.inputs, node.signature.inputs, strict=False), *zip(node.node.outputs, node.signature.outputs, strict=False)]
         for tensor, operand in sides:
             for i, term in enumerate(operand or ()):
                 site = site_name((tensor.name, i))
                 if not tensor.name or site not in self.on:
                     continue
-                for dim in dims_of(term):
+                for dim in dict.fromkeys(d for name in dims_of(term) for d in (name, *picked.get(name, ()))):
                     key = f"#{number}:{dim}"
                     if key not in self.on:
                         self._enter(key, node.dims.get(dim), self._on_dim(node.dims.get(dim)), kind="node", op=node.node.op,

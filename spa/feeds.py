@@ -64,7 +64,7 @@ def shapes_to_try(traced: Traced) -> Iterator[dict[str, tuple[int, ...]]]:
 def _limits(traced: Traced) -> Mapping[str, int]:
     """Smallest length among the axes that an integer input's values index."""
     names = {t.name for t in traced.graph.inputs}
-    flow: nx.DiGraph = nx.DiGraph()
+    flow: nx.DiGraph[str] = nx.DiGraph()
     limits: dict[str, int] = {}
     readers = []
     for node in traced.nodes:

@@ -59,7 +59,7 @@ class Groups:
     groups: tuple[Group, ...]
     labels: Mapping[Site, Labels]
     total: int
-    families: nx.Graph
+    families: nx.Graph[int]
     number: NDArray[np.int64]  # atom -> coordinate + 1
 
     @cached_property
@@ -90,8 +90,8 @@ class Groups:
 def _keep(labels: Labels | None, removed: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
     if labels is None or not labels.shape[1]:
         return None
-    gone = np.concatenate([[False], removed])[labels].any(axis=1)
-    return ~gone if gone.any() else None
+    gone = np.asarray(np.concatenate([[False], removed])[labels].any(axis=1))
+    return np.logical_not(gone) if gone.any() else None
 
 
 def find_groups(traced: Traced) -> Groups:
@@ -156,10 +156,10 @@ def _partition(traced: Traced, sites: list[Site], resolved: list[Labels]) -> tup
 
 def _places(
     of: NDArray[np.int64], count: int, sites: list[Site], labels: Mapping[Site, Labels]
-) -> tuple[list[list[Site]], nx.Graph]:
+) -> tuple[list[list[Site]], nx.Graph[int]]:
     """Sites of each group, and which groups occur in one row of an axis."""
     on: list[list[Site]] = [[] for _ in range(count)]
-    families: nx.Graph = nx.Graph()
+    families: nx.Graph[int] = nx.Graph()
     families.add_nodes_from(range(count))
     known: dict[int, NDArray[np.int64]] = {}
     for site in sites:

@@ -290,6 +290,7 @@ def group_data(group: Group, *, sites: bool = True) -> dict[str, Any]:
 def cause_data(cause: Cause) -> dict[str, Any]:
     """A cause of freezing with exact costs."""
     return {"cause": cause.cause, "op": cause.op, "groups": cause.groups, "channels": cause.channels, "example": cause.example,
+            "node": cause.node,
             "parameters": cause.parameters, "macs": cause.macs, "stuck_parameters": cause.stuck}
 
 

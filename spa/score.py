@@ -16,7 +16,6 @@ from spa.groups import Group, Groups
 from spa.shapes import dtype_is_float
 from spa.trace import constant_values
 
-
 BLOCK = 4 << 20  # elements that are scored at a time, which bounds memory
 
 
@@ -103,7 +102,7 @@ def _powers(tensor: gs.Constant, axes: Sequence[int], p: float) -> dict[int, NDA
 def _along(block: NDArray[np.floating], axis: int, p: float) -> NDArray[np.float64]:
     cube = block.reshape(int(np.prod(block.shape[:axis])), block.shape[axis], -1)
     if p == 2:
-        return np.einsum("aib,aib->i", cube, cube).astype(np.float64)
+        return np.asarray(np.einsum("aib,aib->i", cube, cube), np.float64)
     return np.asarray((np.abs(cube) ** p if p != 1 else np.abs(cube)).sum(axis=(0, 2)), np.float64)
 
 

@@ -287,7 +287,7 @@ class _Walk:
     def _infer(self, i: int, node: gs.Node) -> None:
         proto, schema = self.prepared.protos[i], self.prepared.schemas[i]
         found: Mapping[str, onnx.TypeProto] = {}
-        if schema is not None:
+        if schema is not None and proto is not None:
             names = [t.name for t in node.inputs if t.name]
             types = {n: self._protos[n] for n in names if n in self._protos}
             data = {n: numpy_helper.from_array(self.values[n]) for n in names if n in self.values and self.values[n].size <= 64}
@@ -355,7 +355,7 @@ class _Walk:
         else:
             try:
                 evaluator = ReferenceEvaluator(self.prepared.protos[i], opsets={d.domain: d.version for d in self.prepared.opsets})
-                results = evaluator.run(None, {t.name: self.values[t.name] for t in node.inputs if t.name})
+                results = list(evaluator.run(None, {t.name: self.values[t.name] for t in node.inputs if t.name}))
             except Exception:  # the reference evaluator has gaps; a value that is not known is always safe
                 return
         for tensor, result in zip(node.outputs, results, strict=False):
@@ -453,9 +453,8 @@ def _facts(one: _Walk, two: _Walk) -> Facts:
     for name, shape in one.shapes.items():
         other = two.shapes.get(name)
         if shape is not None:
-            same = other is not None and len(other) == len(shape)
-            dynamic[name] = tuple(bool(not same or shape[i] != other[i]) for i in range(len(shape))) if one is not two \
-                else (False,) * len(shape)
+            pairs = zip(shape, other, strict=True) if other is not None and len(other) == len(shape) else [(n, -1) for n in shape]
+            dynamic[name] = tuple(a != b for a, b in pairs)
     free = _depends(one, dynamic) if one is not two else set()
     computed = {n: one.values[n] for n in one.arithmetic if n not in free}
     return Facts(one.shapes, one.types, one.values, dynamic, computed, one.feeds, one.unknown)

@@ -4,6 +4,22 @@ from spa.signatures import contraction, elementwise, layout, normalization, opaq
 from spa.signatures.table import FIXED, MAP, STAT, SUM, Carry, Kind, Refusal, Signature, operators, rule_of, signature
 
 __all__ = [
-    "FIXED", "MAP", "STAT", "SUM", "Carry", "Kind", "Refusal", "Signature", "operators", "rule_of", "signature",
-    "contraction", "elementwise", "layout", "normalization", "opaque", "reduction", "sequence",
+    "FIXED",
+    "MAP",
+    "STAT",
+    "SUM",
+    "Carry",
+    "Kind",
+    "Refusal",
+    "Signature",
+    "contraction",
+    "elementwise",
+    "layout",
+    "normalization",
+    "opaque",
+    "operators",
+    "reduction",
+    "rule_of",
+    "sequence",
+    "signature",
 ]

@@ -76,7 +76,7 @@ def matmul_operands(a: tuple[int, ...], b: tuple[int, ...], trans_a: bool = Fals
 
     left, off_a = side(a, (["k", "m"] if trans_a else ["m", "k"]) if len(a) > 1 else ["k"])
     right, off_b = side(b, (["n", "k"] if trans_b else ["k", "n"]) if len(b) > 1 else ["k"])
-    both = {}
+    both: dict[int, int] = {}
     for shape, offset in ((a, off_a), (b, off_b)):
         for i, size in enumerate(shape[:-2]):
             both[offset + i] = max(both.get(offset + i, 1), size)

@@ -22,11 +22,11 @@ from spa.signatures.table import (
 Shape = tuple[int, ...] | None
 
 UNARY = """Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Cast Ceil Celu Cos Cosh Elu Erf Exp Floor Gelu HardSigmoid
-HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Sinh Softplus
-Softsign Sqrt Swish Tan Tanh ThresholdedRelu ImageScaler ParametricSoftplus ScaledTanh Bernoulli BitCast RandomNormalLike
-RandomUniformLike""".split()
-BROADCAST = """Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual
-Max Mean Min Mod Mul Or Pow PRelu Sub Sum Where Xor""".split()
+HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin
+Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu ImageScaler ParametricSoftplus ScaledTanh Bernoulli
+BitCast RandomNormalLike RandomUniformLike""".split()
+BROADCAST = """Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean
+Min Mod Mul Or Pow PRelu Sub Sum Where Xor""".split()
 
 
 def spread(shape: Shape, over: Shape, names: Sequence[str] | None = None) -> Operand:

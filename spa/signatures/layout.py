@@ -376,7 +376,7 @@ def resize(node: NodeView) -> Signature | Refusal:
     same = [n == m and i not in _resampled(node, len(shape)) for i, (n, m) in enumerate(zip(shape, out, strict=True))]
     left = tuple(Dim(f"a.{i}" if s else f"x.{i}") for i, s in enumerate(same))
     right = tuple(Dim(f"a.{i}" if s else f"y.{i}") for i, s in enumerate(same))
-    carries = ()
+    carries: tuple[Carry, ...] = ()
     if len(node.inputs) > 3 and node.present[3]:
         axes = ints(node.attrs.get("axes")) or list(range(len(shape)))
         carries = (Carry(3, tuple(right[a] if same[a % len(shape)] else None for a in axes)),)

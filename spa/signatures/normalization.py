@@ -79,7 +79,7 @@ def _layer(node: NodeView, data: int, skips: tuple[int, ...], scales: tuple[int,
     names = [f"r.{i}" if i >= axis else f"a.{i}" for i in range(rank)]
     whole: Operand = tuple(map(Dim, names))
     inputs = tuple(
-        (whole if i == data or i in skips and s == shape else spread(s, shape, names)) for i, s in enumerate(node.inputs)
+        (whole if i == data or (i in skips and s == shape) else spread(s, shape, names)) for i, s in enumerate(node.inputs)
     )
     reduced: Operand = tuple(One() if i >= axis else Dim(n) for i, n in enumerate(names))
     outputs = tuple(whole if i == 0 or i in sums else reduced for i in range(len(node.outputs)))

@@ -82,11 +82,12 @@ CAUSES = {
     "it is a loss": "SoftmaxCrossEntropyLoss NegativeLogLikelihoodLoss",
 }
 MICROSOFT = """MatMulNBits MatMulBnb4 MoE QMoE GroupQueryAttention PackedAttention PackedMultiHeadAttention
-EmbedLayerNormalization RotaryEmbedding QAttention QLinearAdd QLinearMul QLinearConv QLinearGlobalAveragePool QLinearSigmoid
-QLinearLeakyRelu QLinearConcat QLinearAveragePool QLinearSoftmax QGemm NhwcFusedConv DynamicQuantizeMatMul MatMulIntegerToFloat
-SkipGroupNorm GroupNorm NhwcConv NhwcMaxPool DecoderMaskedMultiHeadAttention SparseAttention LinearAttention
-CausalConvWithState GatherBlockQuantized BifurcationDetector BeamSearch GreedySearch Sampling NGramRepeatBlock Irfft Rfft
-DynamicQuantizeLSTM QOrderedMatMul RelativePositionBias GatedRelativePositionBias""".split()
+EmbedLayerNormalization RotaryEmbedding QAttention QLinearAdd QLinearMul QLinearConv QLinearGlobalAveragePool
+QLinearSigmoid QLinearLeakyRelu QLinearConcat QLinearAveragePool QLinearSoftmax QGemm NhwcFusedConv
+DynamicQuantizeMatMul MatMulIntegerToFloat SkipGroupNorm GroupNorm NhwcConv NhwcMaxPool
+DecoderMaskedMultiHeadAttention SparseAttention LinearAttention CausalConvWithState GatherBlockQuantized
+BifurcationDetector BeamSearch GreedySearch Sampling NGramRepeatBlock Irfft Rfft DynamicQuantizeLSTM
+QOrderedMatMul RelativePositionBias GatedRelativePositionBias""".split()
 LEARNED = """LinearClassifier LinearRegressor TreeEnsembleClassifier TreeEnsembleRegressor TreeEnsemble SVMClassifier
 SVMRegressor LabelEncoder OneHotEncoder ZipMap ArrayFeatureExtractor FeatureVectorizer CategoryMapper CastMap
 DictVectorizer""".split()
@@ -100,10 +101,10 @@ for _cause, _ops in CAUSES.items():
     _frozen(_cause, "", _ops.split())
 _frozen("this fused operator has no signature yet", "com.microsoft", MICROSOFT)
 _frozen("its body is a graph of its own, which is not pruned", "ai.onnx.preview", ["FlexAttention"])
-_frozen("it is a step of training", "ai.onnx.preview.training", "Adagrad Adam Gradient Momentum".split())
+_frozen("it is a step of training", "ai.onnx.preview.training", ["Adagrad", "Adam", "Gradient", "Momentum"])
 _frozen("it is an operator of classical machine learning, whose attributes hold the parameters", "ai.onnx.ml", LEARNED)
 
-for _op in "Gelu FastGelu QuickGelu Trilu Inverse".split():
+for _op in ["Gelu", "FastGelu", "QuickGelu", "Trilu", "Inverse"]:
     if _op == "Trilu":
         alias("com.microsoft", _op, "Trilu")
 signature("Gelu", "QuickGelu", domain="com.microsoft", pattern="*a -> *a", a=MAP)

@@ -20,8 +20,8 @@ from spa.signatures.table import (
     signature,
 )
 
-SUMS = "ReduceSum ReduceSumSquare ReduceL1 ReduceL2".split()
-STATISTICS = "ReduceMean ReduceMax ReduceMin ReduceProd ReduceLogSum ReduceLogSumExp".split()
+SUMS = ["ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2"]
+STATISTICS = """ReduceMean ReduceMax ReduceMin ReduceProd ReduceLogSum ReduceLogSumExp""".split()
 CHOOSES = "the operator returns positions along it"
 
 

@@ -243,7 +243,8 @@ def make(
     carries: Iterable[Carry] = (),
     causes: Mapping[str, str] | None = None,
     macs: tuple[tuple[str | int, ...], ...] = (),
-    **kinds: Kind,
+    kinds: Mapping[str, Kind] | None = None,
+    **more: Kind,
 ) -> Signature | Refusal:
     """Signature of a node from its pattern.
 
@@ -269,7 +270,7 @@ def make(
                 if isinstance(t, Dim) and "." in t.name:
                     star, index = t.name.split(".")
                     by_name[star] = max(by_name[star], int(index) + 1)
-        outputs = []
+        outputs: list[Operand] = []
         for i, shape in enumerate(node.outputs):
             if i >= len(right):
                 outputs.append(None)
@@ -279,7 +280,7 @@ def make(
     except PatternError as error:
         return Refusal(f"its signature {text!r} does not fit: {error}")
     fixed = dict(causes or {})
-    all_kinds = dict(kinds)
+    all_kinds = {**(kinds or {}), **more}
     for name in known:
         if name not in given:
             all_kinds[name] = FIXED
@@ -343,7 +344,7 @@ def signature(
 
     if pattern is not None:
         _parse(pattern)
-        enter(lambda node: make(node, pattern, sizes=sizes, **kinds))
+        enter(lambda node: make(node, pattern, sizes=sizes, kinds=kinds))
     return enter
 
 
