@@ -27,7 +27,7 @@ from spa.cli_options import Guarded, Terminal
 from spa.count import count
 from spa.errors import BadOption, UnsupportedModel
 from spa.explain import Cause, dependency_graph, dot_text, explain, frozen_causes, near, path, printable_graph, sites_of
-from spa.feeds import Feeds, draw
+from spa.feeds import Feeds
 from spa.files import replace_all
 from spa.groups import Group, Groups
 from spa.normalize import normalize
@@ -233,9 +233,9 @@ def _decided(term: Terminal, analysis: api.Analysis, options: Options, criterion
 def _timing(term: Terminal, result: api.Result, feeds: Feeds | None, seed: int, threads: int) -> Race | None:
     """Latency before and after; None, with a word on stderr, where the original does not run."""
     analysis = result.analysis
-    drawn = draw(analysis.groups.traced, seed=seed) if feeds is None else feeds
     try:
         with term.stage("timing"):
+            drawn = api.runnable(analysis.normal.model, analysis.groups.traced, seed=seed) if feeds is None else feeds
             return race({"before": analysis.given, "after": result.model}, drawn, threads=threads)
     except Exception as error:  # onnxruntime raises classes of its own; the pruning is done and proven without the times
         term.log(f"spa: latency was not measured: {report.printable(str(error).splitlines()[0])}", always=True)
@@ -326,7 +326,7 @@ def _drawn(term: Terminal, model: Model, inputs: Sequence[str], feeds: Path | No
         return found
     with term.stage("finding shapes"):
         normal = normalize(model, given.read_shapes(inputs, model))
-        return draw(trace(normal.model.graph, normal.facts), seed=seed)
+        return api.runnable(normal.model, trace(normal.model.graph, normal.facts), seed=seed)
 
 
 @app.command()

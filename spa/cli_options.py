@@ -385,7 +385,7 @@ def verdict(error: BaseException) -> tuple[int, str]:
 def _complain(error: BaseException, code: int, sentence: str, words: Sequence[str]) -> None:
     if not sentence:
         return
-    if {"-v", "--verbose"} & set(words):
+    if {"-v", "--verbose"} & set(words) and error.__traceback__ is not None:
         traceback.print_exception(error)
     if "--json" in words:
         write_json({"error": {"kind": type(error).__name__, "message": sentence, "exit_code": code}})

@@ -280,13 +280,12 @@ def _outside(
     return off, unfree, neither
 
 
-def _picked(signature: Signature) -> dict[str, list[str]]:
-    """Dim of an index -> the dims whose positions it picks, which it is therefore joined with."""
+def _equal(signature: Signature) -> dict[str, list[str]]:
+    """Dim that an equation finds -> the dims that it is found from, whose sites it is therefore joined with too."""
     found: dict[str, list[str]] = {}
-    for carry in signature.carries:
-        if carry.remap is not None and isinstance(carry.where, int):
-            for name in (n for term in signature.inputs[carry.where] or () for n in dims_of(term)):
-                found.setdefault(name, []).append(carry.remap.part.name)
+    for left, right in signature.equations:
+        for name in dims_of(left):
+            found.setdefault(name, []).extend(dims_of(right))
     return found
 
 
@@ -336,14 +335,14 @@ class _Places:
     def _node(self, number: int, node: NodeTrace) -> None:
         if node.signature is None:
             return
-        picked = _picked(node.signature)
+        equal = _equal(node.signature)
         sides = [*zip(node.node.inputs, node.signature.inputs, strict=False), *zip(node.node.outputs, node.signature.outputs, strict=False)]
         for tensor, operand in sides:
             for i, term in enumerate(operand or ()):
                 site = site_name((tensor.name, i))
                 if not tensor.name or site not in self.on:
                     continue
-                for dim in dict.fromkeys(d for name in dims_of(term) for d in (name, *picked.get(name, ()))):
+                for dim in dict.fromkeys(d for name in dims_of(term) for d in (name, *equal.get(name, ()))):
                     key = f"#{number}:{dim}"
                     if key not in self.on:
                         self._enter(key, node.dims.get(dim), self._on_dim(node.dims.get(dim)), kind="node", op=node.node.op,

@@ -6,12 +6,14 @@ Every table has a `limit` of rows; what is left out is counted, and listed by --
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich import box
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.console import Group as Lines
-from rich.console import RenderableType
+from rich.measure import Measurement
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -28,7 +30,39 @@ from spa.trace import Reason
 LIMIT = 15  # rows of a list
 NAME = 52  # characters of a name
 
-Row = Sequence[str | Text]
+
+
+class Name(str):
+    """A name of the model's: shortened in the middle where it does not fit, never wrapped."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A line of fixed text and names; the names share what width there is."""
+
+    pieces: tuple[str, ...]
+    widest: int = 1000
+    style: str = ""
+
+    def _text(self, width: int) -> Text:
+        room = width - sum(len(p) for p in self.pieces if not isinstance(p, Name))
+        names = sorted(len(printable(p)) for p in self.pieces if isinstance(p, Name))
+        share = room
+        for i, length in enumerate(names):  # what a short name leaves goes to the longer ones
+            share = max(room // (len(names) - i), 8)
+            if length > share:
+                break
+            room -= length
+        return Text("".join(shorten(p, share) if isinstance(p, Name) else printable(p) for p in self.pieces), self.style)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self._text(min(options.max_width, self.widest))
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(min(12, options.max_width), min(self._text(self.widest).cell_len, options.max_width))
+
+
+Row = Sequence[str]
 
 
 def shorten(text: str, width: int = NAME) -> str:
@@ -63,19 +97,15 @@ def percent(part: float, whole: float) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "–"
 
 
-def table(
-    title: str, columns: Sequence[str], rows: Sequence[Row], *, limit: int | None = LIMIT, flow: Iterable[int] = ()
-) -> RenderableType:
-    """Rows under a title. Columns of a name that starts with ">" are right-aligned; those numbered in `flow` may wrap."""
+def table(title: str, columns: Sequence[str], rows: Sequence[Row], *, limit: int | None = LIMIT) -> RenderableType:
+    """Rows under a title. Columns of a name that starts with ">" are right-aligned and always whole; texts wrap, names shorten."""
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), header_style="bold", show_edge=False)
-    wraps = set(flow)
-    for i, name in enumerate(columns):
-        right = name.startswith(">")
-        made.add_column(Text(name.lstrip(">")), justify="right" if right else "left", no_wrap=i not in wraps,
-                        overflow="fold" if i in wraps else "ellipsis", min_width=38 if i in wraps else None)
+    for name in columns:
+        number = name.startswith(">") or not name
+        made.add_column(Text(name.lstrip(">")), justify="right" if name.startswith(">") else "left", no_wrap=number, overflow="fold")
     shown = rows if limit is None else rows[:limit]
     for row in shown:
-        made.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in row))
+        made.add_row(*(Fitted((cell,), NAME) if isinstance(cell, Name) else Text(printable(cell)) for cell in row))
     left = len(rows) - len(shown)
     parts: list[RenderableType] = [Text(title, style="bold cyan"), Padding(made, (0, 0, 0, 2), expand=False)]
     if left:
@@ -109,7 +139,7 @@ def pruned(plan: Plan, groups: Mapping[str, Group]) -> RenderableType:
 
     names = sorted(plan.groups, key=lambda n: -saved(n))
     rows = [
-        (shorten(n), str(plan.groups[n]["size"]), "→", str(len(plan.groups[n]["kept"])),
+        (Name(n), str(plan.groups[n]["size"]), "→", str(len(plan.groups[n]["kept"])),
          percent(len(plan.groups[n]["kept"]), plan.groups[n]["size"]))
         for n in names
     ]
@@ -120,8 +150,8 @@ def frozen(causes: Sequence[Cause], totals: Counts, *, limit: int | None = LIMIT
     """What stays and why, most costly first."""
     weighty = [c for c in causes if c.parameters or c.macs]
     rows = [
-        (printable(c.cause) + (f" ({c.op})" if c.op else ""), str(c.groups), str(c.channels), percent(c.parameters, totals.parameters),
-         percent(c.macs, totals.macs), percent(c.stuck, totals.parameters), shorten(c.example, 34))
+        (c.cause + (f" ({c.op})" if c.op else ""), str(c.groups), str(c.channels), percent(c.parameters, totals.parameters),
+         percent(c.macs, totals.macs), percent(c.stuck, totals.parameters), Name(c.example))
         for c in weighty
     ]
     head = ("cause", ">groups", ">size", ">params", ">MACs", ">stuck", "for example")
@@ -129,14 +159,13 @@ def frozen(causes: Sequence[Cause], totals: Counts, *, limit: int | None = LIMIT
     legend = "  params, MACs: share that lies on these axes; stuck: share of parameters that no other axis can shrink either\n"
     light = sum(c.groups for c in causes) - sum(c.groups for c in weighty)
     more = f"  {count_of(light, 'group')} of shapes and settings, which cost nothing, not shown\n" if light else ""
-    shown = [table(title, head, rows, limit=limit, flow=(0,))] if rows else [Text(title, style="bold cyan")]
+    shown = [table(title, head, rows, limit=limit)] if rows else [Text(title, style="bold cyan")]
     return Lines(*shown, Text((legend if rows else "") + more, style="dim"))
 
 
 def notes(texts: Mapping[str, str]) -> RenderableType:
     """Why groups keep more than was asked for."""
-    rows = [(shorten(name, 40), printable(text)) for name, text in texts.items()]
-    return table("Kept more than asked", ("group", "why"), rows, flow=(1,))
+    return table("Kept more than asked", ("group", "why"), [(Name(name), text) for name, text in texts.items()])
 
 
 def proof(check: Check | None) -> RenderableType:
@@ -157,7 +186,7 @@ def proof(check: Check | None) -> RenderableType:
 def groups_table(groups: Sequence[Group], *, limit: int | None = LIMIT) -> RenderableType:
     """Groups with what one channel costs, the most costly first."""
     rows = [
-        (shorten(g.name), str(g.size), str(len(g.sites)), amount(g.parameters), amount(g.macs))
+        (Name(g.name), str(g.size), str(len(g.sites)), amount(g.parameters), amount(g.macs))
         for g in sorted(groups, key=lambda g: -g.parameters * g.size)
     ]
     head = ("group", ">size", ">sites", ">params/channel", ">MACs/channel")
@@ -172,27 +201,24 @@ def totals(counts: Counts) -> RenderableType:
 
 def group_details(group: Group, *, limit: int = LIMIT) -> RenderableType:
     """One group with its sites."""
-    state = f"stays: {because(group.frozen)}" if group.frozen else "may shrink"
-    head = Text(f"{shorten(group.name, 90)}: {group.size} channels, {state}\n  one channel costs {amount(group.parameters)} parameters, "
-                f"{amount(group.macs)} MACs\n")
-    return Lines(head, table(f"On {count_of(len(group.sites), 'axis', 'axes')}", ("value", ">axis"), _site_rows(group.sites), limit=limit))
+    costs = f"  one channel costs {amount(group.parameters)} parameters, {amount(group.macs)} MACs\n"
+    state = Fitted(("  stays: ", *because(group.frozen))) if group.frozen else Text("  may shrink")
+    sites = [(Name(v), str(a)) for v, a in group.sites]
+    head = Fitted((Name(group.name), f": {count_of(group.size, 'channel')}"), style="bold cyan")
+    return Lines(head, state, Text(costs), table(f"On {count_of(len(sites), 'axis', 'axes')}", ("value", ">axis"), sites, limit=limit))
 
 
-def _site_rows(sites: Iterable[Site]) -> list[Row]:
-    return [(shorten(v, 90), str(a)) for v, a in sites]
-
-
-def because(reason: Reason) -> str:
-    """A reason as a clause, without what is not known."""
-    where = f"axis {reason.axis} of {shorten(reason.value)}" if reason.axis is not None else shorten(reason.value)
-    by = f", at {reason.op} {shorten(reason.node)}" if reason.op else ""
-    return f"{where} {printable(reason.cause).rstrip(',')}{by}"
+def because(reason: Reason) -> tuple[str, ...]:
+    """A reason as pieces of a clause, without what is not known."""
+    where = (f"axis {reason.axis} of ", Name(reason.value)) if reason.axis is not None else (reason.value,)
+    by = (f", at {reason.op} ", Name(reason.node)) if reason.op else ()
+    return (*where, f" {reason.cause.rstrip(',')}", *by)
 
 
 def explanation(found: Explanation) -> RenderableType:
     """Why an axis may shrink or not."""
     value, axis = found.site
-    lines: list[RenderableType] = [Text(f"axis {axis} of {shorten(value, 90)}, {count_of(found.length, 'position')}", style="bold cyan")]
+    lines: list[RenderableType] = [Fitted((f"axis {axis} of ", Name(value), f", {count_of(found.length, 'position')}"), style="bold cyan")]
     for part in found.parts:
         lines += _part(part)
     if found.held:
@@ -201,29 +227,29 @@ def explanation(found: Explanation) -> RenderableType:
 
 
 def _part(part: Part) -> list[RenderableType]:
-    name = f"group {shorten(part.group.name)} ({part.group.size} channels) " if part.group else ""
+    lines: list[RenderableType] = []
+    if part.group:
+        lines.append(Fitted(("  group ", Name(part.group.name), f" ({count_of(part.group.size, 'channel')})")))
     if part.reason is None:
-        lines: list[RenderableType] = [Text(f"  {name}may shrink, together with {count_of(len(part.coupled), 'axis', 'axes')}:")]
-        lines += [Text(f"    {shorten(v, 90)}:{a}") for v, a in part.coupled[:LIMIT]]
+        lines.append(Text(f"    may shrink, together with {count_of(len(part.coupled), 'axis', 'axes')}:"))
+        lines += [Fitted(("      ", Name(v), f":{a}")) for v, a in part.coupled[:LIMIT]]
         left = len(part.coupled) - LIMIT
-        return lines + ([Text(f"    … and {left} more (--json lists all)", style="dim")] if left > 0 else [])
-    lines = [Text(f"  {name}stays: {because(part.reason)}")]
+        return lines + ([Text(f"      … and {left} more (--json lists all)", style="dim")] if left > 0 else [])
+    lines.append(Fitted(("    stays: ", *because(part.reason))))
     return lines + (_steps(part.path) if part.path is not None and part.path.steps else [])
 
 
 def way(found: Path | None, one: Site, other: Site) -> RenderableType:
     """Why two sites are coupled."""
-    names = f"{shorten(site_name(one))} and {shorten(site_name(other))}"
+    names = (Name(site_name(one)), " and ", Name(site_name(other)))
     if found is None:
-        return Text(f"{names} are not coupled: no group lies on both\n")
-    return Lines(Text(f"{names} are coupled:", style="bold cyan"), *_steps(found), Text(""))
+        return Fitted((*names, " are not coupled: no group lies on both"))
+    return Lines(Fitted((*names, " are coupled:"), style="bold cyan"), *_steps(found), Text(""))
 
 
 def _steps(found: Path) -> list[RenderableType]:
-    lines: list[RenderableType] = [Text(f"    {shorten(site_name(found.start), 90)}")]
-    for s in found.steps:
-        lines.append(Text(f"    —{printable(s.op)} {shorten(s.node, 48)} (dim {s.dim})→ {shorten(site_name(s.site), 48)}"))
-    return lines
+    lines: list[RenderableType] = [Fitted(("      ", Name(site_name(found.start))))]
+    return lines + [Fitted((f"      —{s.op} ", Name(s.node), f" (dim {s.dim})→ ", Name(site_name(s.site)))) for s in found.steps]
 
 
 def weights(exact: int, differing: Sequence[str], unknown: Sequence[str]) -> RenderableType:
@@ -231,8 +257,7 @@ def weights(exact: int, differing: Sequence[str], unknown: Sequence[str]) -> Ren
     if not differing and not unknown:
         return Text(f"Weights: all {exact} float tensors hold exactly the kept elements of the original\n", style="green")
     head = f"Weights: {exact} float tensors hold exactly the kept elements of the original, {len(differing)} differ, {len(unknown)} are new"
-    rows = [(shorten(n, 90), "differs") for n in differing] + [(shorten(n, 90), "new") for n in unknown]
-    return table(head, ("tensor", ""), rows)
+    return table(head, ("tensor", ""), [*((Name(n), "differs") for n in differing), *((Name(n), "new") for n in unknown)])
 
 
 def unique(name: str, taken: Sequence[str]) -> str:
@@ -242,7 +267,7 @@ def unique(name: str, taken: Sequence[str]) -> str:
 
 def laps(race: Race) -> RenderableType:
     """A race: medians, quartiles and ratios to the first."""
-    rows = [(shorten(x.name), duration(x.median), f"{duration(x.low)} – {duration(x.high)}", f"{100 * x.ratio:.1f} %") for x in race.laps]
+    rows = [(Name(x.name), duration(x.median), f"{duration(x.low)} – {duration(x.high)}", f"{100 * x.ratio:.1f} %") for x in race.laps]
     threads = count_of(race.threads, "thread") if race.threads else "default threads"
     title = f"One run on ONNX Runtime {race.version}, {race.provider}, {threads}: median of {count_of(race.rounds, 'round')}"
     return table(title, ("model", ">latency", ">quartiles", ">to the first"), rows, limit=None)
