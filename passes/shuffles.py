@@ -66,7 +66,12 @@ def _permutation(chain: list[gs.Node], shapes: Mapping[str, tuple[int, ...] | No
         target = shapes.get(node.outputs[0].name)
         if target is None:
             return None
-        positions = positions.transpose(node.attrs.get("perm")) if node.op == "Transpose" else positions.reshape(target)
+        if node.op == "Transpose":
+            positions = positions.transpose(node.attrs.get("perm"))
+        elif int(np.prod(target)) == positions.size:
+            positions = positions.reshape(target)
+        if positions.shape != tuple(target):
+            return None
     moved = [np.unique(i - np.arange(n).reshape([-1 if a == b else 1 for b in range(len(shape))])) for a, (i, n) in
              enumerate(zip(np.unravel_index(positions, shape), shape, strict=True))]
     axes = [a for a, m in enumerate(moved) if len(m) > 1 or m[0]]

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import helper
 
+from spa.feeds import free_batch
 from spa.signatures.table import dims_of
 from spa.trace import NodeTrace, Traced
 
@@ -30,7 +31,10 @@ class Costs:
 
 @dataclass(frozen=True)
 class Counts:
-    """Totals of a graph: parameters (elements of float constants), MACs of one run, bytes of the largest set of live activations."""
+    """Totals of a graph: parameters (elements of float constants), MACs of one run, bytes of the largest set of live activations.
+
+    MACs and activations are those of one sample where all inputs leave the batch size free.
+    """
 
     parameters: int
     macs: int
@@ -100,7 +104,8 @@ def count(groups: Groups, removed: NDArray[np.bool_] | None = None) -> Counts:
     for name, tensor in traced.constants.items():
         weight_bytes += int(np.prod(kept_shape(name) or tensor.shape) * _itemsize(traced.facts.types.get(name, 1)))
     parameters = sum(int(np.prod(kept_shape(name) or ())) for name in traced.weights)
-    return Counts(parameters, _macs(groups, gone), _peak(groups, kept_shape), weight_bytes)
+    batch = free_batch(traced)
+    return Counts(parameters, _macs(groups, gone) // batch, _peak(groups, kept_shape) // batch, weight_bytes)
 
 
 def _macs(groups: Groups, gone: NDArray[np.bool_]) -> int:

@@ -43,6 +43,24 @@ def draw(traced: Traced, *, seed: int = 0, shapes: Mapping[str, tuple[int, ...]]
     return feeds
 
 
+def free_batch(traced: Traced) -> int:
+    """The size that was assumed for a batch axis that all inputs leave free, 1 if there is none."""
+    sizes = set()
+    for tensor in traced.graph.inputs:
+        shape = traced.facts.shapes.get(tensor.name)
+        if not shape:
+            continue
+        declared = (tensor.shape or [None])[0]
+        sizes.add(0 if isinstance(declared, int) and declared > 0 else shape[0])
+    return sizes.pop() if len(sizes) == 1 and 0 not in sizes else 1
+
+
+def one_sample(traced: Traced, feeds: Feeds) -> Feeds:
+    """The first sample of each feed, where the batch size is free."""
+    batch = free_batch(traced)
+    return {n: v[:1] if batch > 1 and v.ndim and v.shape[0] == batch else v for n, v in feeds.items()}
+
+
 def shapes_to_try(traced: Traced) -> Iterator[dict[str, tuple[int, ...]]]:
     """The shapes that tracing assumed, then others: a free size may be too short for a window, or only work as one."""
     assumed = {t.name: traced.facts.shapes.get(t.name) or () for t in traced.graph.inputs}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from passes import drop_dead_nodes, fold_constants, gather_shuffles, unshare_constants
 from spa.rewrite import copy_graph
-from spa.shapes import Facts, infer
+from spa.shapes import Facts, infer, with_new_constants
 from spa.store import Model, with_graph
 
 SHARED = 65536  # elements; smaller constants that are shared were merged by an exporter, larger ones are tied on purpose
@@ -32,5 +32,5 @@ def normalize(model: Model, inputs: Mapping[str, Sequence[int]] | None = None) -
     if shuffles:
         drop_dead_nodes(graph)
     if folded or copies or shuffles:
-        facts = infer(graph, inputs)
+        facts = with_new_constants(facts, graph)
     return Normal(with_graph(model, graph), facts, copies)

@@ -9,7 +9,7 @@ and which elements of shape arithmetic depend on them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter, dtype_to_onnx
 
 from spa.errors import BadModel, BadOption
-from spa.signatures.table import Dim, One, Product, Refusal, Sum, Term, make, rule_of  # noqa: F401
+from spa.signatures.table import Dim, One, Product, Refusal, Sum, Term, read, rule_of
 
 Shape = tuple[int, ...]
 SMALL = 4096  # elements; larger constants are weights, not shape arithmetic
@@ -198,8 +198,17 @@ class _Prepared:
         for node in graph.nodes:
             schema = _schema(graph, node)
             plain = schema is not None and node.op != "Constant"
-            self.protos.append(OnnxExporter.export_node(_as_standard(node)) if plain else None)
-            self.schemas.append(schema if plain else None)
+            proto = _exported(_as_standard(node)) if plain else None
+            self.protos.append(proto)
+            self.schemas.append(schema if proto is not None else None)
+
+
+def _exported(node: gs.Node) -> onnx.NodeProto | None:
+    """A node as a message; None where its attributes have no type (an empty list in the model)."""
+    try:
+        return OnnxExporter.export_node(node)
+    except (TypeError, ValueError):
+        return None
 
 
 _STANDARD = {"FusedConv": ("Conv", ("activation", "activation_params")), "FusedGemm": ("Gemm", ("activation",))}
@@ -279,7 +288,11 @@ class _Walk:
         if key.startswith("value_string") or value is None or key == "sparse_value":
             self.unknown[name] = "a constant of strings or sparse values"
             return
-        array = np.asarray(value, np.float32 if "float" in key else np.int64)
+        try:
+            array = np.asarray(value, np.float32 if "float" in key else np.int64)
+        except (TypeError, ValueError, OverflowError):
+            self.unknown[name] = "a constant that is no number"
+            return
         self.constants.add(name)
         self._set(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
         self.values[name] = array
@@ -290,8 +303,8 @@ class _Walk:
         if schema is not None and proto is not None:
             names = [t.name for t in node.inputs if t.name]
             types = {n: self._protos[n] for n in names if n in self._protos}
-            data = {n: numpy_helper.from_array(self.values[n]) for n in names if n in self.values and self.values[n].size <= 64}
             try:
+                data = {n: numpy_helper.from_array(self.values[n]) for n in names if n in self.values and self.values[n].size <= 64}
                 found = shape_inference.infer_node_outputs(
                     schema, proto, types, data, {}, self.prepared.opsets, self.graph.ir_version or 10
                 )
@@ -319,7 +332,7 @@ class _Walk:
     def _from_signature(self, node: gs.Node) -> None:
         rule = rule_of(node.domain or "", node.op)
         seen = view(self.graph, node, self.shapes, self.values, self.constants)
-        made = rule(seen) if rule else Refusal("unknown operator")
+        made = read(rule, seen)
         for i, tensor in enumerate(node.outputs):
             if tensor.name and self.shapes[tensor.name] is None:
                 shape = None if isinstance(made, Refusal) else output_shape(made, seen.inputs, i)
@@ -332,7 +345,7 @@ class _Walk:
         if node.domain:
             return False
         if node.op in ("Shape", "Size"):
-            return self.shapes.get(node.inputs[0].name) is not None
+            return bool(node.inputs) and self.shapes.get(node.inputs[0].name) is not None
         if not node.inputs or any(t.name and t.name not in self.values for t in node.inputs) or _has_graph(node):
             return False
         if node.op.startswith(("Random", "Quantize", "Dequantize")) or node.op in ("Dropout", "Bernoulli", "Multinomial"):
@@ -348,10 +361,9 @@ class _Walk:
         return derived or whole
 
     def _evaluate(self, i: int, node: gs.Node) -> None:
+        results: Sequence[Any]
         if node.op == "Shape":
-            shape = self.shapes[node.inputs[0].name] or ()
-            start, end = int(node.attrs.get("start", 0)), node.attrs.get("end")
-            results: Sequence[Any] = [np.array(shape[start:end], np.int64)]
+            results = [np.array((self.shapes[node.inputs[0].name] or ())[_part(node)], np.int64)]
         else:
             try:
                 evaluator = ReferenceEvaluator(self.prepared.protos[i], opsets={d.domain: d.version for d in self.prepared.opsets})
@@ -366,6 +378,12 @@ class _Walk:
                     t.name in self.arithmetic for t in node.inputs
                 ):
                     self.arithmetic.add(tensor.name)
+
+
+def _part(node: gs.Node) -> slice:
+    """The axes that a Shape node reads."""
+    start, end = node.attrs.get("start", 0), node.attrs.get("end")
+    return slice(start if isinstance(start, int) else 0, end if isinstance(end, int) else None)
 
 
 def _has_graph(node: gs.Node) -> bool:
@@ -420,7 +438,11 @@ def dim_sizes(signature: Any, inputs: Sequence[Shape | None], outputs: Sequence[
     sizes = dict(signature.sizes)
     pairs = [(t, n) for operands, shapes in ((signature.inputs, inputs), (signature.outputs, outputs))
              for axes, shape in zip(operands, shapes, strict=False) if axes is not None and shape is not None
-             for t, n in zip(axes, shape, strict=True)]
+             for t, n in zip(axes, shape, strict=False)]
+    if any(axes is not None and shape is not None and len(axes) != len(shape)
+           for operands, shapes in ((signature.inputs, inputs), (signature.outputs, outputs))
+           for axes, shape in zip(operands, shapes, strict=False)):
+        return None
     for _ in range(3):
         for term, size in pairs:
             if not _solve(term, size, sizes):
@@ -460,6 +482,21 @@ def _facts(one: _Walk, two: _Walk) -> Facts:
     return Facts(one.shapes, one.types, one.values, dynamic, computed, one.feeds, one.unknown)
 
 
+def with_new_constants(facts: Facts, graph: gs.Graph) -> Facts:
+    """The facts, and those of constants that passes have made since; nothing that was known changes by passes that keep the function."""
+    shapes, types = dict(facts.shapes), dict(facts.types)
+    values, dynamic = dict(facts.values), dict(facts.dynamic)
+    for node in graph.nodes:
+        for tensor in node.inputs:
+            if isinstance(tensor, gs.Constant) and tensor.name not in shapes:
+                shape = tuple(int(n) for n in tensor.shape)
+                shapes[tensor.name], types[tensor.name] = shape, _type_of(tensor.dtype)
+                dynamic[tensor.name] = (False,) * len(shape)
+                if int(np.prod(shape)) <= SMALL and types[tensor.name] != onnx.TensorProto.STRING:
+                    values[tensor.name] = np.asarray(tensor.values)
+    return replace(facts, shapes=shapes, types=types, values=values, dynamic=dynamic)
+
+
 def _depends(walk: _Walk, dynamic: Mapping[str, tuple[bool, ...]]) -> set[str]:
     """Values of shape arithmetic that depend on a free size; element by element where elements are only moved."""
     marks: dict[str, NDArray[np.bool_]] = {}
@@ -469,7 +506,7 @@ def _depends(walk: _Walk, dynamic: Mapping[str, tuple[bool, ...]]) -> set[str]:
         outputs = [t.name for t in node.outputs if t.name]
         if node.op == "Shape":
             flags = np.array(dynamic[node.inputs[0].name], bool)
-            marks[outputs[0]] = flags[int(node.attrs.get("start", 0)) : node.attrs.get("end")]
+            marks[outputs[0]] = flags[_part(node)]
             continue
         touched = {t.name: marks[t.name] for t in node.inputs if t.name in marks and marks[t.name].any()}
         moved = _move(walk, i, node, touched) if touched and node.op in _MOVES else None

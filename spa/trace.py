@@ -18,7 +18,7 @@ import onnx_graphsurgeon as gs
 from spa.atoms import Atoms, Labels, merge, stack
 from spa.shapes import FLOATS, Facts, constant_of, dim_sizes, dtype_is_float, stored, term_size, view
 from spa.signatures import FIXED, STAT, Refusal, Signature, rule_of
-from spa.signatures.table import Dim, One, Operand, Pick, Product, Sum, Term, cause_of, dims_of, kind_of
+from spa.signatures.table import Dim, One, Operand, Pick, Product, Sum, Term, cause_of, dims_of, kind_of, read
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class _Tracer:
         if rule is None:
             return self._refuse(node, f"goes through an operator without a signature ({node.domain or 'ai.onnx'})")
         seen = view(self.graph, node, self.facts.shapes, self.facts.values, self.constants)
-        made = rule(seen)
+        made = read(rule, seen)
         if isinstance(made, Refusal):
             return self._refuse(node, f"stays because {made.cause},")
         if any(o is not None and t.name and self.axes.get(t.name) is None for t, o in zip(node.inputs, made.inputs, strict=False)):

@@ -22,10 +22,12 @@ from spa.signatures.table import (
 
 @signature("BatchNormalization", "SpatialBN")
 def batch_normalization(node: NodeView) -> Signature | Refusal:
-    """Stored statistics, one a channel: each channel alone."""
+    """Stored statistics, one a channel: each channel alone. In training mode, statistics of the batch and of space."""
     shape = node.inputs[0]
-    if node.attrs.get("training_mode") or any(s is not None for s in node.outputs[1:]):
-        return Refusal("it is in training mode")
+    if node.attrs.get("training_mode"):
+        return make(node, "n c *s, c, c, c, c -> n c *s, c, c", c=MAP, n=STAT, s=STAT)
+    if any(s is not None for s in node.outputs[1:]):
+        return Refusal("it gives running statistics, as in training")
     if shape is not None and len(shape) == 1:
         return make(node, "c, c, c, c, c -> c")
     return make(node, "n c *s, c, c, c, c -> n c *s", c=MAP)

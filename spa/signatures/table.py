@@ -353,6 +353,16 @@ def rule_of(domain: str, op: str) -> Rule | None:
     return _TABLE.get(("" if domain == "ai.onnx" else domain, op))
 
 
+def read(rule: Rule | None, node: NodeView) -> Signature | Refusal:
+    """The signature of a node. A node that breaks its operator's rules may make a rule fail in any way; that is a refusal."""
+    if rule is None:
+        return Refusal("the operator has no signature")
+    try:
+        return rule(node)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, AssertionError) as error:
+        return Refusal(f"its inputs and attributes do not fit the operator ({type(error).__name__}: {error})")
+
+
 def operators() -> list[tuple[str, str]]:
     """All (domain, operator) of the table, sorted."""
     return sorted(_TABLE)
