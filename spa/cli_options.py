@@ -54,12 +54,15 @@ PlanOut = Annotated[Path, typer.Option("--output", "-o", metavar="PLAN", help="W
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object with exact numbers.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log every stage to stderr, and tracebacks of defects.")]
 Ratio = Annotated[float, typer.Option("--ratio", "-r", help="Share of the channels that goes, between 0 and 1.")]
-Scope = Annotated[str, typer.Option("--scope", help="local: same share of each group; global: one threshold; isomorphic: one among alike.")]
-Criterion = Annotated[str, typer.Option("--criterion", help="What makes a channel worth keeping: l1, l2, random.")]
+Scope = Annotated[str, typer.Option(
+    "--scope", metavar="SCOPE", help="local: same share each; global: one threshold; isomorphic: per shape.")]
+Criterion = Annotated[str, typer.Option("--criterion", metavar="NAME", help="What makes a channel worth keeping: l1, l2, random.")]
 MultipleOf = Annotated[str, typer.Option("--multiple-of", metavar="N|auto", help="Round widths; auto: what the CPU provider likes.")]
 KeepAtLeast = Annotated[int, typer.Option("--keep-at-least", help="Channels that every group keeps.")]
-Include = Annotated[list[str] | None, typer.Option("--include", help="Only groups, nodes and values of this glob or /regex/.")]
-Exclude = Annotated[list[str] | None, typer.Option("--exclude", help="Not these; may be given more than once, like --include.")]
+Include = Annotated[list[str] | None, typer.Option(
+    "--include", metavar="PATTERN", help="Only groups, nodes and values of this glob or /regex/.")]
+Exclude = Annotated[list[str] | None, typer.Option(
+    "--exclude", metavar="PATTERN", help="Not these; may be given more than once, like --include.")]
 Ratios = Annotated[Path | None, typer.Option("--ratios", metavar="FILE", help="YAML or TOML: pattern -> ratio of its own.")]
 Protect = Annotated[bool, typer.Option("--protect-outputs/--no-protect-outputs", help="Leave the outputs' axes whole.")]
 NoStat = Annotated[bool, typer.Option("--no-stat", help="Leave axes that a normalisation runs over.")]

@@ -48,6 +48,27 @@ def test_a_path_goes_through_the_sites_of_the_group(groups):
     assert path(groups, ("w1", 0), ("w1", 0)).steps == ()
 
 
+@pytest.mark.parametrize("protected", [False, True])
+def test_paths_take_no_shortcut_through_other_groups(protected):
+    """a0 and a8 are eight Relus apart, but two steps by way of b, which both are concatenated with."""
+    nodes = [helper.make_node("Gemm", ["x", "w1"], ["a0"], "one", transB=1), helper.make_node("Gemm", ["x", "w2"], ["b"], "two", transB=1)]
+    nodes += [helper.make_node("Relu", [f"a{i}"], [f"a{i + 1}"], f"relu{i}") for i in range(8)]
+    for k, a in enumerate(("a0", "a8")):
+        nodes += [
+            helper.make_node("Concat", [a, "b"], [f"f{k}"], f"concat{k}", axis=1),
+            helper.make_node("Gemm", [f"f{k}", f"v{k}"], [f"y{k}"], f"last{k}", transB=1),
+        ]
+    weights = [weight("w1", 8, 4), weight("w2", 6, 4), weight("v0", 3, 14), weight("v1", 3, 14)]
+    outputs = {"y0": [2, 3], "y1": [2, 3], "a8": [2, 8], "b": [2, 6]}
+    found = spa.analyze(model(nodes, weights, {"x": [2, 4]}, outputs), protect_outputs=protected).groups
+    way = path(found, ("a0", 1), ("a8", 1))
+    if protected:
+        (part,) = explain(found, ("a0", 1)).parts
+        assert part.reason.value == "a8"
+        way = part.path
+    assert [s.site for s in way.steps] == [(f"a{i}", 1) for i in range(1, 9)]
+
+
 def test_what_is_not_coupled_has_no_path(groups):
     assert path(groups, ("w1", 0), ("w3", 0)) is None
     assert path(groups, ("w1", 0), ("w1", 1)) is None
