@@ -38,9 +38,9 @@ from spa.feeds import Feeds
 from spa.files import check_target
 from spa.plan import Plan
 from spa.report import plain, printable
-from spa.shapes import dtype_is_float
 from spa.store import Model
 from spa.trace import constant_values
+from spa.view import dtype_is_float
 
 WIDTH = 120  # where stdout is no terminal
 SLOW = 1.0  # seconds; stages above leave a line on a terminal

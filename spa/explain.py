@@ -26,9 +26,9 @@ from spa.atoms import Labels
 from spa.count import macs_terms
 from spa.errors import BadOption
 from spa.groups import Group, Groups, Site
-from spa.shapes import dtype_is_float
 from spa.signatures.table import Signature, dims_of
 from spa.trace import Axis, NodeTrace, Reason, node_name
+from spa.view import dtype_is_float
 
 _WHOLE = Reason("", "", "it", None, "stays whole, as nothing says that it may shrink")
 

@@ -13,8 +13,8 @@ from passes import Weight
 from spa import criteria
 from spa.errors import BadModel
 from spa.groups import Group, Groups
-from spa.shapes import dtype_is_float
 from spa.trace import constant_values
+from spa.view import dtype_is_float
 
 BLOCK = 4 << 20  # elements that are scored at a time, which bounds memory
 

@@ -16,9 +16,11 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from spa.atoms import Atoms, Labels, merge, stack
-from spa.shapes import FLOATS, Facts, constant_of, dim_sizes, dtype_is_float, stored, term_size, view
+from spa.shapes import Facts
 from spa.signatures import FIXED, STAT, Refusal, Signature, rule_of
+from spa.signatures.sizes import dim_sizes, term_size
 from spa.signatures.table import Dim, One, Operand, Pick, Product, Sum, Term, cause_of, dims_of, kind_of, read
+from spa.view import FLOATS, constant_of, dtype_is_float, stored, view
 
 
 @dataclass(frozen=True)

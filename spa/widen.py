@@ -10,8 +10,8 @@ from onnx import helper
 from passes import Weight
 from spa.feeds import Feeds
 from spa.rewrite import copy_graph
-from spa.shapes import constant_of
 from spa.store import Model, with_graph
+from spa.view import constant_of
 
 HALF = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 

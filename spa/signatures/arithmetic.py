@@ -1,0 +1,22 @@
+"""Operators that matter to shape arithmetic, by what they do; the rest of it is in onnx's own inference and evaluator."""
+
+from __future__ import annotations
+
+READS_SHAPE = frozenset({"Shape", "Size"})
+"""Give sizes, not values."""
+
+MOVES = READS_SHAPE | {"Gather", "Slice", "Concat", "Squeeze", "Unsqueeze", "Reshape", "Identity", "Transpose", "Split"}
+"""Only move elements, so that each element of a result depends on one element."""
+
+NEVER_FOLDED = frozenset(
+    """RandomNormal RandomUniform RandomNormalLike RandomUniformLike Bernoulli Multinomial Dropout QuantizeLinear DequantizeLinear
+    DynamicQuantizeLinear""".split()
+)
+"""Draw numbers, or belong to a format that the runtime wants to see."""
+
+_STANDARD = {("com.microsoft", "FusedConv"): "Conv", ("com.microsoft", "FusedGemm"): "Gemm"}
+
+
+def standard_form(domain: str | None, op: str) -> str | None:
+    """The standard operator whose shapes a fused operator has, None if it is none of those."""
+    return _STANDARD.get((domain or "", op))
