@@ -26,6 +26,7 @@ from spa.normalize import Normal, normalize
 from spa.plan import Plan, check_belongs, load_plan, make_plan, mask_of
 from spa.rewrite import CannotRestate, rewrite
 from spa.score import score
+from spa.shapes import infer
 from spa.store import Model, load, save, to_proto, with_graph
 from spa.trace import Traced, trace
 from spa.widen import widen
@@ -57,9 +58,7 @@ class Result:
 
     def save(self, path: str | os.PathLike[str], *, plan: str | os.PathLike[str] | None = None) -> None:
         """Writes the model, and the plan if a path is given; whole or not at all."""
-        save(self.model, path)
-        if plan is not None:
-            self.plan.save(Path(plan))
+        save(self.model, path, beside=[] if plan is None else [(Path(plan), [self.plan.to_json().encode()])])
 
     def to_proto(self) -> ModelProto:
         """The pruned model as a ModelProto."""
@@ -166,6 +165,8 @@ def apply(
         proof = prove(analysis, gone, small, feeds=feeds, seed=seed, tolerance=tolerance, stage=stage)
         if not proof.passed:
             raise CheckFailed(_failure(proof))
+    else:
+        _check_shapes(analysis, gone, small)
     return Result(small, decided, analysis, count(groups), count(groups, gone), proof)
 
 
@@ -207,6 +208,23 @@ def runnable(model: Model, traced: Traced, *, seed: int = 0) -> Feeds:
     raise UnsupportedModel(f"{first} (with {tried}: give sizes that fit with --input, inputs with --feeds, or --no-check)") from first
 
 
+def _check_shapes(analysis: Analysis, gone: NDArray[np.bool_], small: Model) -> None:
+    """Without the proof: shape inference of the pruned graph must give what is left of every shape. Raises CheckFailed."""
+    groups, facts = analysis.groups, analysis.groups.traced.facts
+    found = infer(small.graph, facts.feeds)
+    for tensor in groups.traced.graph.outputs:
+        shape = facts.shapes.get(tensor.name)
+        if shape is None:
+            continue
+        keeps = [groups.keep((tensor.name, a), gone) for a in range(len(shape))]
+        left = tuple(n if k is None else int(k.sum()) for n, k in zip(shape, keeps, strict=True))
+        if found.shapes.get(tensor.name) != left:
+            raise CheckFailed(f"Output {tensor.name!r} of the pruned graph would have shape {found.shapes.get(tensor.name)} instead of {left}.")
+    broken = sorted(set(found.unknown) - set(facts.unknown))
+    if broken:
+        raise CheckFailed(f"The pruned graph breaks at {broken[0]!r}: {found.unknown[broken[0]]}. This is a defect of spa, please report it.")
+
+
 def _failure(proof: Check) -> str:
     worst = max(proof.differences, key=lambda d: d.relative)
     return (f"Removing and masking differ: output {worst.output!r} by {worst.relative:.1e} of its scale, where {proof.tolerance:.0e} is "
@@ -232,4 +250,4 @@ def prune(
     return apply(analysis, decided, check=check, seed=seed, feeds=feeds, tolerance=tolerance, stage=stage)
 
 
-__all__ = ["Analysis", "Result", "analyze", "apply", "plan", "prune"]
+__all__ = ["Analysis", "Result", "analyze", "apply", "plan", "prune", "runnable"]

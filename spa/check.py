@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from spa.errors import UnsupportedModel
+from spa.errors import CheckFailed, UnsupportedModel
 from spa.feeds import Feeds
 from spa.store import LARGEST_FILE, Model, save, to_bytes
 
@@ -89,8 +89,16 @@ def compare(masked: Model, small: Model, feeds: Feeds, *, kept: Mapping[str, Map
     for name, value in expected.items():
         for axis, positions in (kept or {}).get(name, {}).items():
             value = np.take(value, positions, axis=axis)
-        differences.append(difference(name, value, found[name]))
+        differences.append(difference(name, value, found[name]) if name in found else Difference(name, np.inf, np.inf))
+    if expected and not any(_tells(v) for v in expected.values()):
+        raise CheckFailed("The masked model gives NaN or infinity alone, so nothing can be proven: give inputs that suit it with --feeds.")
     return Check(tuple(differences), tolerance)
+
+
+def _tells(value: object) -> bool:
+    """Whether a result holds any element that is worth comparing."""
+    array = np.asarray(value) if not isinstance(value, Sequence | Mapping) else None
+    return array is None or array.dtype.kind not in "fc" or not array.size or bool(np.isfinite(array).any())
 
 
 def difference(name: str, expected: object, found: object) -> Difference:

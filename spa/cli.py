@@ -27,7 +27,7 @@ from spa.cli_options import Guarded, Terminal
 from spa.count import count
 from spa.errors import BadOption, UnsupportedModel
 from spa.explain import Cause, dependency_graph, dot_text, explain, frozen_causes, near, path, printable_graph, sites_of
-from spa.feeds import Feeds
+from spa.feeds import Feeds, one_sample
 from spa.files import replace_all
 from spa.groups import Group, Groups
 from spa.normalize import normalize
@@ -235,7 +235,8 @@ def _timing(term: Terminal, result: api.Result, feeds: Feeds | None, seed: int, 
     analysis = result.analysis
     try:
         with term.stage("timing"):
-            drawn = api.runnable(analysis.normal.model, analysis.groups.traced, seed=seed) if feeds is None else feeds
+            traced = analysis.groups.traced
+            drawn = one_sample(traced, api.runnable(analysis.normal.model, traced, seed=seed)) if feeds is None else feeds
             return race({"before": analysis.given, "after": result.model}, drawn, threads=threads)
     except Exception as error:  # onnxruntime raises classes of its own; the pruning is done and proven without the times
         term.log(f"spa: latency was not measured: {report.printable(str(error).splitlines()[0])}", always=True)

@@ -11,6 +11,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper
 
+from spa.signatures.arithmetic import KEEPS_VALUES
 from spa.trace import Traced
 
 MOST_TRIES = 100
@@ -80,7 +81,7 @@ def shapes_to_try(traced: Traced) -> Iterator[dict[str, tuple[int, ...]]]:
 
 
 def _limits(traced: Traced) -> Mapping[str, int]:
-    """Smallest length among the axes that an integer input's values index."""
+    """Smallest length among the axes that an integer input's values index, as they are."""
     names = {t.name for t in traced.graph.inputs}
     flow: nx.DiGraph[str] = nx.DiGraph()
     limits: dict[str, int] = {}
@@ -89,15 +90,13 @@ def _limits(traced: Traced) -> Mapping[str, int]:
         signature = node.signature
         holds = signature is not None and "holds positions" in signature.causes.values()
         for k, tensor in enumerate(node.node.inputs):
-            for out in node.node.outputs:
-                flow.add_edge(tensor.name, out.name)
+            if k == 0 and node.node.op in KEEPS_VALUES:  # ids through arithmetic could be anything: those inputs are ones
+                flow.add_edges_from((tensor.name, out.name) for out in node.node.outputs)
             if holds and k == 1 and signature is not None and tensor.name:
                 axis = node.dims.get("row")
                 if axis is not None:
                     readers.append((tensor.name, axis.length))
     for name, length in readers:
-        if name not in flow:
-            continue
-        for source in ({name} | nx.ancestors(flow, name)) & names:
+        for source in ({name} | (nx.ancestors(flow, name) if name in flow else set())) & names:
             limits[source] = min(limits.get(source, length), length)
     return {n: max(limit, 1) for n, limit in limits.items()}

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from spa.errors import BadOption
+from spa.errors import BadFile, BadOption
 
 Pieces = Iterable[bytes | memoryview]
 
@@ -39,6 +39,30 @@ def check_target(target: Path, sources: Iterable[str]) -> None:
         with suppress(FileNotFoundError):
             if os.path.samefile(target, source):
                 raise BadOption(f"{target}: the model was read from this file; give another name for the result")
+
+
+def write_files(writes: Sequence[tuple[Path, Pieces]], sources: Iterable[str] = ()) -> None:
+    """`check_target` and `replace_all`, with a sentence for whatever goes wrong.
+
+    Raises
+    ------
+    BadOption
+        If a file is one of `sources`, or is not an ordinary file.
+    BadFile
+        If one cannot be written. Nothing is left behind then, and what was there is there.
+    """
+    target = writes[-1][0]
+    known = list(sources)
+    try:
+        for file, _ in writes:
+            target = file
+            check_target(file, known)
+        replace_all(writes)
+    except FileNotFoundError as error:
+        raise BadFile(f"{target}: there is no folder '{target.parent}'; create it first") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise BadFile(f"{target}: it cannot be written ({reason}); choose another folder or make room") from error
 
 
 def replace_all(writes: Sequence[tuple[Path, Pieces]]) -> None:

@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from spa.errors import BadPlan
-from spa.files import check_target, replace_all
+from spa.files import write_files
 from spa.groups import Groups
 from spa.rewrite import removed_positions
 from spa.store import Model
@@ -55,9 +55,7 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Writes the plan, whole or not at all. Raises BadFile."""
-        target = Path(path)
-        check_target(target, ())
-        replace_all([(target, [self.to_json().encode()])])
+        write_files([(Path(path), [self.to_json().encode()])])
 
 
 def make_plan(model: Model, groups: Groups, gone: NDArray[np.bool_], *, copies: Mapping[str, str], options: Mapping[str, Any],
@@ -108,6 +106,8 @@ def _from_fields(fields: Any, label: str) -> Plan:
         removed = {
             str(v): {str(int(a)): [int(i) for i in p] for a, p in axes.items()} for v, axes in fields["removed"].items()
         }
+        inputs = {str(n): [int(k) for k in s] for n, s in (fields["trace"].get("inputs") or {}).items()}
+        fields = {**fields, "trace": {**fields["trace"], "inputs": inputs}}
         return Plan(
             str(fields["model_sha256"]), str(fields["graph_sha256"]), groups, removed, dict(fields["trace"]),
             dict(fields.get("copies", {})), dict(fields.get("options", {})), dict(fields.get("notes", {})),

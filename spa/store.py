@@ -28,7 +28,7 @@ from passes.weights import INLINE_BYTES, LAZY_LOCATION, PIECE_BYTES, Buffer, Fil
 from spa import wire
 from spa.errors import BadFile, BadModel, BadOption, SpaError, UnsupportedModel
 from spa.exporter import constants, export
-from spa.files import check_target, replace_all
+from spa.files import Pieces, write_files
 from spa.protos import Notes, check_graph, check_model, check_text, inline_functions, take_notes
 from spa.sources import Sources, without_data
 
@@ -338,7 +338,9 @@ def _skeleton(model: Model) -> tuple[bytes, str, list[Weight]]:
     return proto.SerializeToString(deterministic=True), location, weights
 
 
-def save(model: Model, path: str | os.PathLike[str], *, external: bool | None = None) -> None:
+def save(
+    model: Model, path: str | os.PathLike[str], *, external: bool | None = None, beside: Sequence[tuple[Path, Pieces]] = ()
+) -> None:
     """Write a model to a file, all or nothing.
 
     Parameters
@@ -350,6 +352,8 @@ def save(model: Model, path: str | os.PathLike[str], *, external: bool | None = 
     external
         Whether weights above 1024 bytes go to ``<name>.data`` beside the file; by default as the model was read.
         Models of 2 GiB and more always do.
+    beside
+        Other files with their content that appear together with the model, or not at all.
 
     Raises
     ------
@@ -361,7 +365,7 @@ def save(model: Model, path: str | os.PathLike[str], *, external: bool | None = 
     target = Path(path)
     skeleton, location, weights = _skeleton(model)
     parts = wire.splice(skeleton, location, lambda proto, key: wire.inline(proto, weights[key]))
-    writes = [(target, wire.stream(parts))]
+    writes: list[tuple[Path, Pieces]] = [(target, wire.stream(parts))]
     if (model.external if external is None else external) or wire.length(parts) > LARGEST_FILE:
         data = _DataFile(f"{target.name}.data")
         outer = wire.splice(skeleton, location, lambda proto, key: data.add(proto, weights[key]))
@@ -369,15 +373,7 @@ def save(model: Model, path: str | os.PathLike[str], *, external: bool | None = 
         if data.parts:
             # The data first: a model without its data would be broken, data without a model is only litter.
             writes.insert(0, (target.with_name(data.name), wire.stream(data.parts)))
-    try:
-        for file, _ in writes:
-            check_target(file, model.origin.files)
-        replace_all(writes)
-    except FileNotFoundError as error:
-        raise BadFile(f"{target}: there is no folder '{target.parent}'; create it first") from error
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise BadFile(f"{target}: it cannot be written ({reason}); choose another folder or make room") from error
+    write_files([*writes, *beside], model.origin.files)
 
 
 class _DataFile:

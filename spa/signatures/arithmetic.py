@@ -8,6 +8,9 @@ READS_SHAPE = frozenset({"Shape", "Size"})
 MOVES = READS_SHAPE | {"Gather", "Slice", "Concat", "Squeeze", "Unsqueeze", "Reshape", "Identity", "Transpose", "Split"}
 """Only move elements, so that each element of a result depends on one element."""
 
+KEEPS_VALUES = (MOVES - READS_SHAPE) | {"Cast", "CastLike", "Expand", "Flatten", "Tile"}
+"""Give values of their first input, and no others."""
+
 NEVER_FOLDED = frozenset(
     """RandomNormal RandomUniform RandomNormalLike RandomUniformLike Bernoulli Multinomial Dropout QuantizeLinear DequantizeLinear
     DynamicQuantizeLinear""".split()
