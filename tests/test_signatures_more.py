@@ -210,6 +210,7 @@ REDUCTIONS = [
     case("global norm", "GlobalLpPool", (2, 4, 3, 3), opset=21, p=2),
     case("average pool", "AveragePool", (2, 4, 5, 5), kernel_shape=[2, 2]),
     case("max pool", "MaxPool", (2, 4, 5, 5), kernel_shape=[2, 2]),
+    case("max pool, indices", "MaxPool", (2, 4, 5, 5), kernel_shape=[2, 2], outputs=2),
     case("norm pool", "LpPool", (2, 4, 5), kernel_shape=[2], p=2),
 ]
 NORMS = [
@@ -296,6 +297,7 @@ NOTHING = {
     "reshape of opset 1": "its shape is unknown",
     "pad of opset 1": "its shape is unknown",
     "compress": "->",
+    "max pool, indices": "->",
     "compress, no axis": "the axis that it runs along is not known",
 }
 """Cases that lose nothing, with a part of the cause."""
@@ -341,6 +343,16 @@ def test_sizes_that_are_read_are_the_new_ones() -> None:
     gone[groups.by_name["x0:1"].start] = True
     small = to_proto(with_graph(model, rewrite(model.graph, groups, gone)))
     assert on_runtime(small, {})[0].tolist() == [3, 3, 5]
+
+
+def test_inputs_that_a_signature_does_not_name_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    from spa.signatures.table import _TABLE, Dim, Signature
+
+    terms = (Dim("a.0"), Dim("a.1"))
+    monkeypatch.setitem(_TABLE, ("", "Where"), lambda node: Signature((terms,), (terms,)))
+    forgetful = case("where", "Where", np.ones((3, 4), bool), (3, 4), (3, 4))
+    _, groups = trace_case(load(with_initializers(forgetful)[0]))
+    assert {v for g in groups.groups if g.frozen is None for v, _ in g.sites}.isdisjoint({"x1", "x2"})
 
 
 def test_names_are_unique() -> None:
