@@ -185,21 +185,37 @@ def prove(
                      if (k := groups.keep((t.name, a), gone)) is not None}
             for t in normal.graph.outputs
         }
-        if any(t.dtype is not None for t in normal.graph.inputs):
-            reference, given_wide = widen(reference, given)
-            narrow, _ = widen(small, given)
-        checking.session(small)  # the model itself must load, whatever its type
-        return checking.compare(reference, narrow, given_wide, kept=kept, tolerance=tolerance)
+        wide_reference, wide_given = widen(reference, given)
+        wide_small, _ = widen(small, given)
+        if wide_small is not small:
+            _must_load(small, normal)
+        return checking.compare(wide_reference, wide_small, wide_given, kept=kept, tolerance=tolerance)
+
+
+def _must_load(small: Model, original: Model) -> None:
+    """The pruned model loads in its own type, unless the runtime lacks kernels for the original too (bfloat16)."""
+    try:
+        checking.session(small)
+    except UnsupportedModel:
+        try:
+            checking.session(original)
+        except UnsupportedModel:
+            return
+        raise
 
 
 def runnable(model: Model, traced: Traced, *, seed: int = 0) -> Feeds:
     """Drawn inputs that the model runs with on ONNX Runtime. Raises UnsupportedModel that asks for `--input` if none are found."""
-    opened = checking.session(model)
+    try:
+        opened = checking.session(model)
+    except UnsupportedModel:
+        opened = checking.session(widen(model, {})[0])  # no kernels for this type: the proof runs in float32 anyway
     first: UnsupportedModel | None = None
+    wide = {i.name: np.float32 for i in opened.get_inputs() if i.type == "tensor(float)"}
     for shapes in shapes_to_try(traced):
         feeds = draw(traced, seed=seed, shapes=shapes)
         try:
-            checking.run_session(opened, feeds)
+            checking.run_session(opened, {n: v.astype(wide[n]) if n in wide else v for n, v in feeds.items()})
             return feeds
         except UnsupportedModel as error:
             first = first or error

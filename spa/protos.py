@@ -8,6 +8,7 @@ rest goes into `Notes`, keyed by names, and the export here, rather than graph-s
 from __future__ import annotations
 
 import graphlib
+import heapq
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -179,6 +180,47 @@ def _check_functions(model: ModelProto) -> None:
         )
 
 
+def sort_nodes(graph: GraphProto) -> None:
+    """Put nodes behind those whose outputs they read, otherwise in the order that they have.
+
+    ONNX demands this order, but runtimes do not, and some converters add their nodes at the end. A circle is left alone.
+    """
+    maker = {name: i for i, node in enumerate(graph.node) for name in node.output if name}
+    needs = [{maker[name] for name in _reads(node) if name in maker} for node in graph.node]
+    if all(not before or max(before) < i for i, before in enumerate(needs)):
+        return
+    waiting = [len(before - {i}) + (i in before) for i, before in enumerate(needs)]
+    readers: dict[int, list[int]] = {}
+    for i, before in enumerate(needs):
+        for j in before:
+            readers.setdefault(j, []).append(i)
+    ready = [i for i, count in enumerate(waiting) if not count]
+    heapq.heapify(ready)
+    order = []
+    while ready:
+        i = heapq.heappop(ready)
+        order.append(i)
+        for reader in readers.get(i, ()):
+            waiting[reader] -= 1
+            if not waiting[reader]:
+                heapq.heappush(ready, reader)
+    if len(order) == len(graph.node):
+        nodes = [graph.node[i] for i in order]
+        copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
+        graph.ClearField("node")
+        graph.node.extend(copies)
+
+
+def _reads(node: NodeProto) -> Iterator[str]:
+    """Names that a node and the graphs in it read."""
+    yield from node.input
+    for attribute in node.attribute:
+        for inner in (attribute.g, *attribute.graphs):
+            yield from (value.name for value in inner.output)
+            for child in inner.node:
+                yield from _reads(child)
+
+
 def check_graph(graph: GraphProto, sources: Sources, outer: tuple[set[str], ...] = ()) -> None:
     """Check that each value is made once, before it is read, and that each tensor has the data its shape needs.
 
@@ -196,6 +238,7 @@ def check_graph(graph: GraphProto, sources: Sources, outer: tuple[set[str], ...]
     BadModel, UnsupportedModel, BadFile
         With the name of the node or tensor that is at fault.
     """
+    sort_nodes(graph)
     made = _check_initializers(graph, sources)
     inputs: set[str] = set()
     for value in graph.input:
@@ -210,7 +253,7 @@ def check_graph(graph: GraphProto, sources: Sources, outer: tuple[set[str], ...]
         for name in node.input:
             if name and name not in made and not any(name in names for names in outer):
                 later = any(name in other.output for other in graph.node)
-                fault = "which is made only after it (nodes must be in order)" if later else "which nothing makes"
+                fault = "which in the end is made from that" if later else "which nothing makes"
                 raise BadModel(f"{label} reads '{name}', {fault}; export it again")
         _check_attributes(node, label, sources, (*outer, made))
         for name in filter(None, node.output):
