@@ -1,6 +1,7 @@
 """Graph-surgeon passes: each one function on a graphsurgeon Graph, told by plain data what to do.
 
-Two kinds, kept apart. Those that keep the function: `fold_constants`, `gather_shuffles`, `unshare_constants`, `merge_copies`, `drop_dead_nodes`.
+Two kinds, kept apart. Those that keep the function: `fold_constants`, `gather_shuffles`, `unshare_constants`,
+`merge_copies`, `drop_dead_nodes`.
 Those that change it as told: `remove_channels`, `insert_masks`. Each returns how many changes it made and is idempotent.
 This package imports nothing of ours.
 """
@@ -12,6 +13,17 @@ from passes.shuffles import gather_shuffles
 from passes.weights import Weight
 
 __all__ = [
-    "DELETE", "Compress", "Mask", "Patch", "Removal", "Weight", "drop_dead_nodes", "fold_constants", "gather_shuffles", "insert_masks",
-    "merge_copies", "remove_channels", "unshare_constants",
+    "DELETE",
+    "Compress",
+    "Mask",
+    "Patch",
+    "Removal",
+    "Weight",
+    "drop_dead_nodes",
+    "fold_constants",
+    "gather_shuffles",
+    "insert_masks",
+    "merge_copies",
+    "remove_channels",
+    "unshare_constants",
 ]

@@ -29,9 +29,7 @@ class Compress:
     outputs: Mapping[int, Mapping[int, NDArray[np.int64]]]
 
 
-def insert_masks(
-    graph: gs.Graph, masks: Mapping[str, list[Mask]], compress: Mapping[str, Compress], types: Mapping[str, int]
-) -> int:
+def insert_masks(graph: gs.Graph, masks: Mapping[str, list[Mask]], compress: Mapping[str, Compress], types: Mapping[str, int]) -> int:
     """Masks inputs and compresses nodes, which are named by their first output; `types` gives element types.
 
     before -> after: Conv(x, w) -> Conv(Where(keep, x, 0), w);

@@ -23,8 +23,9 @@ def gather_shuffles(graph: gs.Graph, shapes: Mapping[str, tuple[int, ...] | None
     taken = set(graph.tensors())
     for first in list(graph.nodes):
         chain = _chain(first, outputs)
-        if len(chain) < 3 or (first.inputs[0].inputs and first.inputs[0].inputs[0].op in ("Reshape", "Transpose")
-                              and len(first.inputs[0].outputs) == 1):
+        if len(chain) < 3 or (
+            first.inputs[0].inputs and first.inputs[0].inputs[0].op in ("Reshape", "Transpose") and len(first.inputs[0].outputs) == 1
+        ):
             continue
         source, target = first.inputs[0], chain[-1].outputs[0]
         found = _permutation(chain, shapes)
@@ -72,8 +73,10 @@ def _permutation(chain: list[gs.Node], shapes: Mapping[str, tuple[int, ...] | No
             positions = positions.reshape(target)
         if positions.shape != tuple(target):
             return None
-    moved = [np.unique(i - np.arange(n).reshape([-1 if a == b else 1 for b in range(len(shape))])) for a, (i, n) in
-             enumerate(zip(np.unravel_index(positions, shape), shape, strict=True))]
+    moved = [
+        np.unique(i - np.arange(n).reshape([-1 if a == b else 1 for b in range(len(shape))]))
+        for a, (i, n) in enumerate(zip(np.unravel_index(positions, shape), shape, strict=True))
+    ]
     axes = [a for a, m in enumerate(moved) if len(m) > 1 or m[0]]
     if len(axes) != 1:
         return None

@@ -75,8 +75,14 @@ def opened(model: Source) -> Model:
     return model if isinstance(model, Model) else load(model)
 
 
-def analyze(model: Source, *, inputs: Mapping[str, Sequence[int]] | None = None, protect_outputs: bool = True, stat: bool = True,
-            stage: Stage = _quiet) -> Analysis:
+def analyze(
+    model: Source,
+    *,
+    inputs: Mapping[str, Sequence[int]] | None = None,
+    protect_outputs: bool = True,
+    stat: bool = True,
+    stage: Stage = _quiet,
+) -> Analysis:
     """Loads, normalises, traces and groups. `inputs` fixes the shape of inputs, `stage` is told what goes on."""
     with stage("reading"):
         given = opened(model)
@@ -90,9 +96,20 @@ def analyze(model: Source, *, inputs: Mapping[str, Sequence[int]] | None = None,
 
 
 def plan(
-    model: Source | Analysis, ratio: float = 0.5, *, criterion: str = "l2", scope: str = "local", multiple_of: int | str = "auto",
-    keep_at_least: int = 1, include: Sequence[str] = (), exclude: Sequence[str] = (), ratios: Mapping[str, float] | None = None,
-    protect_outputs: bool = True, stat: bool = True, inputs: Mapping[str, Sequence[int]] | None = None, seed: int = 0,
+    model: Source | Analysis,
+    ratio: float = 0.5,
+    *,
+    criterion: str = "l2",
+    scope: str = "local",
+    multiple_of: int | str = "auto",
+    keep_at_least: int = 1,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    ratios: Mapping[str, float] | None = None,
+    protect_outputs: bool = True,
+    stat: bool = True,
+    inputs: Mapping[str, Sequence[int]] | None = None,
+    seed: int = 0,
     stage: Stage = _quiet,
 ) -> Plan:
     """Decides what goes.
@@ -103,8 +120,9 @@ def plan(
     stat: whether axes that a normalisation runs over may shrink. Raises SpaError; NothingToPrune if nothing would go.
     """
     options = Options(ratio, scope, multiple_of, keep_at_least, tuple(include), tuple(exclude), dict(ratios or {}))
-    analysis = model if isinstance(model, Analysis) else analyze(
-        model, inputs=inputs, protect_outputs=protect_outputs, stat=stat, stage=stage)
+    analysis = (
+        model if isinstance(model, Analysis) else analyze(model, inputs=inputs, protect_outputs=protect_outputs, stat=stat, stage=stage)
+    )
     groups = analysis.groups
     with stage("scoring"):
         scores = score(analysis.normal.model.graph, groups, criterion, seed=seed)
@@ -114,11 +132,20 @@ def plan(
     if not choice.gone.any():
         raise NothingToPrune(why_nothing(groups, choice.notes))
     chosen = {
-        "ratio": ratio, "criterion": criterion, "scope": scope, "multiple_of": multiple_of, "block": block,
-        "keep_at_least": keep_at_least, "include": list(include), "exclude": list(exclude), "ratios": dict(ratios or {}), "seed": seed,
+        "ratio": ratio,
+        "criterion": criterion,
+        "scope": scope,
+        "multiple_of": multiple_of,
+        "block": block,
+        "keep_at_least": keep_at_least,
+        "include": list(include),
+        "exclude": list(exclude),
+        "ratios": dict(ratios or {}),
+        "seed": seed,
     }
-    return make_plan(analysis.given, groups, choice.gone, copies=analysis.normal.copies, options=chosen, trace=analysis.settings,
-                     notes=choice.notes)
+    return make_plan(
+        analysis.given, groups, choice.gone, copies=analysis.normal.copies, options=chosen, trace=analysis.settings, notes=choice.notes
+    )
 
 
 def why_nothing(groups: Groups, notes: Mapping[str, str]) -> str:
@@ -134,8 +161,15 @@ def why_nothing(groups: Groups, notes: Mapping[str, str]) -> str:
 
 
 def apply(
-    model: Source | Analysis, plan: Plan | str | os.PathLike[str] | Mapping[str, Any], *, other_weights: bool = False, check: bool = True,
-    seed: int = 0, feeds: Feeds | None = None, tolerance: float = checking.TOLERANCE, stage: Stage = _quiet,
+    model: Source | Analysis,
+    plan: Plan | str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    other_weights: bool = False,
+    check: bool = True,
+    seed: int = 0,
+    feeds: Feeds | None = None,
+    tolerance: float = checking.TOLERANCE,
+    stage: Stage = _quiet,
 ) -> Result:
     """Removes what a plan says, and proves that nothing else changed.
 
@@ -149,8 +183,13 @@ def apply(
         given = opened(model)
         check_belongs(decided, given, other_weights=other_weights)
         settings = decided.trace
-        analysis = analyze(given, inputs=settings.get("inputs"), protect_outputs=bool(settings.get("protect_outputs", True)),
-                           stat=bool(settings.get("stat", True)), stage=stage)
+        analysis = analyze(
+            given,
+            inputs=settings.get("inputs"),
+            protect_outputs=bool(settings.get("protect_outputs", True)),
+            stat=bool(settings.get("stat", True)),
+            stage=stage,
+        )
     groups = analysis.groups
     gone = mask_of(decided, groups)
     with stage("rewriting"):
@@ -171,8 +210,14 @@ def apply(
 
 
 def prove(
-    analysis: Analysis, gone: NDArray[np.bool_], small: Model, *, feeds: Feeds | None = None, seed: int = 0,
-    tolerance: float = checking.TOLERANCE, stage: Stage = _quiet,
+    analysis: Analysis,
+    gone: NDArray[np.bool_],
+    small: Model,
+    *,
+    feeds: Feeds | None = None,
+    seed: int = 0,
+    tolerance: float = checking.TOLERANCE,
+    stage: Stage = _quiet,
 ) -> Check:
     """Runs the masked original and the pruned model on the same inputs, in float32, and compares all outputs."""
     groups = analysis.groups
@@ -181,8 +226,11 @@ def prove(
         reference = with_graph(normal, masked(normal.graph, groups, gone))
         given = runnable(normal, groups.traced, seed=seed) if feeds is None else feeds
         kept = {
-            t.name: {a: np.flatnonzero(k) for a in range(len(groups.traced.facts.shapes.get(t.name) or ()))
-                     if (k := groups.keep((t.name, a), gone)) is not None}
+            t.name: {
+                a: np.flatnonzero(k)
+                for a in range(len(groups.traced.facts.shapes.get(t.name) or ()))
+                if (k := groups.keep((t.name, a), gone)) is not None
+            }
             for t in normal.graph.outputs
         }
         wide_reference, wide_given = widen(reference, given)
@@ -235,23 +283,43 @@ def _check_shapes(analysis: Analysis, gone: NDArray[np.bool_], small: Model) -> 
         keeps = [groups.keep((tensor.name, a), gone) for a in range(len(shape))]
         left = tuple(n if k is None else int(k.sum()) for n, k in zip(shape, keeps, strict=True))
         if found.shapes.get(tensor.name) != left:
-            raise CheckFailed(f"Output {tensor.name!r} of the pruned graph would have shape {found.shapes.get(tensor.name)} instead of {left}.")
+            raise CheckFailed(
+                f"Output {tensor.name!r} of the pruned graph would have shape {found.shapes.get(tensor.name)} instead of {left}."
+            )
     broken = sorted(set(found.unknown) - set(facts.unknown))
     if broken:
-        raise CheckFailed(f"The pruned graph breaks at {broken[0]!r}: {found.unknown[broken[0]]}. This is a defect of spa, please report it.")
+        raise CheckFailed(
+            f"The pruned graph breaks at {broken[0]!r}: {found.unknown[broken[0]]}. This is a defect of spa, please report it."
+        )
 
 
 def _failure(proof: Check) -> str:
     worst = max(proof.differences, key=lambda d: d.relative)
-    return (f"Removing and masking differ: output {worst.output!r} by {worst.relative:.1e} of its scale, where {proof.tolerance:.0e} is "
-            f"allowed; nothing was written. This is a defect of spa, please report it (--tolerance {worst.relative * 1.1:.1e} would pass).")
+    return (
+        f"Removing and masking differ: output {worst.output!r} by {worst.relative:.1e} of its scale, where {proof.tolerance:.0e} is "
+        f"allowed; nothing was written. This is a defect of spa, please report it (--tolerance {worst.relative * 1.1:.1e} would pass)."
+    )
 
 
 def prune(
-    model: Source, ratio: float = 0.5, *, criterion: str = "l2", scope: str = "local", multiple_of: int | str = "auto",
-    keep_at_least: int = 1, include: Sequence[str] = (), exclude: Sequence[str] = (), ratios: Mapping[str, float] | None = None,
-    protect_outputs: bool = True, stat: bool = True, inputs: Mapping[str, Sequence[int]] | None = None, seed: int = 0,
-    check: bool = True, feeds: Feeds | None = None, tolerance: float = checking.TOLERANCE, stage: Stage = _quiet,
+    model: Source,
+    ratio: float = 0.5,
+    *,
+    criterion: str = "l2",
+    scope: str = "local",
+    multiple_of: int | str = "auto",
+    keep_at_least: int = 1,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    ratios: Mapping[str, float] | None = None,
+    protect_outputs: bool = True,
+    stat: bool = True,
+    inputs: Mapping[str, Sequence[int]] | None = None,
+    seed: int = 0,
+    check: bool = True,
+    feeds: Feeds | None = None,
+    tolerance: float = checking.TOLERANCE,
+    stage: Stage = _quiet,
 ) -> Result:
     """Plans and applies; see `plan` and `apply` for the options.
 
@@ -260,8 +328,17 @@ def prune(
     """
     analysis = analyze(model, inputs=inputs, protect_outputs=protect_outputs, stat=stat, stage=stage)
     decided = plan(
-        analysis, ratio, criterion=criterion, scope=scope, multiple_of=multiple_of, keep_at_least=keep_at_least, include=include,
-        exclude=exclude, ratios=ratios, seed=seed, stage=stage,
+        analysis,
+        ratio,
+        criterion=criterion,
+        scope=scope,
+        multiple_of=multiple_of,
+        keep_at_least=keep_at_least,
+        include=include,
+        exclude=exclude,
+        ratios=ratios,
+        seed=seed,
+        stage=stage,
     )
     return apply(analysis, decided, check=check, seed=seed, feeds=feeds, tolerance=tolerance, stage=stage)
 

@@ -59,8 +59,13 @@ def race(models: Mapping[str, Model], feeds: Feeds | Sequence[Feeds], *, rounds:
         times = np.vstack([times, lap])
     ratios = times / times[:, :1]
     laps = tuple(
-        Lap(name, float(np.median(times[:, i])), float(np.quantile(times[:, i], 0.25)), float(np.quantile(times[:, i], 0.75)),
-            float(np.median(ratios[:, i])))
+        Lap(
+            name,
+            float(np.median(times[:, i])),
+            float(np.quantile(times[:, i], 0.25)),
+            float(np.quantile(times[:, i], 0.75)),
+            float(np.median(ratios[:, i])),
+        )
         for i, name in enumerate(sessions)
     )
     return Race(laps, len(times), threads, "CPUExecutionProvider", ort.__version__)

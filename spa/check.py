@@ -81,8 +81,14 @@ def run_session(opened: ort.InferenceSession, feeds: Feeds) -> dict[str, NDArray
     return dict(zip(names, results, strict=True))
 
 
-def compare(masked: Model, small: Model, feeds: Feeds, *, kept: Mapping[str, Mapping[int, NDArray[np.int64]]] | None = None,
-            tolerance: float = TOLERANCE) -> Check:
+def compare(
+    masked: Model,
+    small: Model,
+    feeds: Feeds,
+    *,
+    kept: Mapping[str, Mapping[int, NDArray[np.int64]]] | None = None,
+    tolerance: float = TOLERANCE,
+) -> Check:
     """Runs both and compares all outputs; `kept` picks the positions of outputs that the small model still has."""
     expected, found = run(masked, feeds), run(small, feeds)
     differences = []

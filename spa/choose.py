@@ -126,7 +126,8 @@ def _selected(groups: Groups, options: Options) -> list[Group]:
             if not any(matches([pattern], n) for n in names.values()):
                 raise BadOption(f"{option}: {pattern!r} matches no group, node or value; `spa inspect` lists the groups.")
     return [
-        g for g in groups.free()
+        g
+        for g in groups.free()
         if (not options.include or matches(options.include, names[g.index])) and not matches(options.exclude, names[g.index])
     ]
 
@@ -194,7 +195,11 @@ def _dense_inputs(groups: Groups) -> set[int]:
     of = np.concatenate([[-1], groups.of_coordinate()])
     for node in groups.traced.nodes:
         signature = node.signature
-        if signature is None or not signature.macs or not any(n.split(".")[0] == "k" for t in signature.inputs[1] or () for n in dims_of(t) if "." in n):
+        if (
+            signature is None
+            or not signature.macs
+            or not any(n.split(".")[0] == "k" for t in signature.inputs[1] or () for n in dims_of(t) if "." in n)
+        ):
             continue
         tensor = node.node.inputs[0]
         labels = groups.labels.get((tensor.name, 1))
@@ -267,9 +272,7 @@ def structure(groups: Groups, group: Group) -> tuple[object, ...]:
         object.__setattr__(groups, "_readers_by_value", found)
     readers: dict[str, list[str]] = groups._readers_by_value  # type: ignore[attr-defined]
     constants = groups.traced.constants
-    marks = sorted(
-        (op, a, groups.traced.facts.shapes[v]) for v, a in group.sites if v in constants for op in readers.get(v, ())
-    )
+    marks = sorted((op, a, groups.traced.facts.shapes[v]) for v, a in group.sites if v in constants for op in readers.get(v, ()))
     return group.size, tuple(marks)
 
 

@@ -154,9 +154,7 @@ def _partition(traced: Traced, sites: list[Site], resolved: list[Labels]) -> tup
     return atoms[order], rank[order]
 
 
-def _places(
-    of: NDArray[np.int64], count: int, sites: list[Site], labels: Mapping[Site, Labels]
-) -> tuple[list[list[Site]], nx.Graph[int]]:
+def _places(of: NDArray[np.int64], count: int, sites: list[Site], labels: Mapping[Site, Labels]) -> tuple[list[list[Site]], nx.Graph[int]]:
     """Sites of each group, and which groups occur in one row of an axis."""
     on: list[list[Site]] = [[] for _ in range(count)]
     families: nx.Graph[int] = nx.Graph()
@@ -197,8 +195,14 @@ def _group(
     if reason is None and size == 1:
         reason = Reason("", "", on[index][0][0], on[index][0][1], "has one coordinate left, which must stay")
     return Group(
-        index, "", int(start), int(size), tuple(on[index]), reason,
-        float(costs.parameters[rows].mean()), float(costs.macs[rows].mean()),
+        index,
+        "",
+        int(start),
+        int(size),
+        tuple(on[index]),
+        reason,
+        float(costs.parameters[rows].mean()),
+        float(costs.macs[rows].mean()),
     )
 
 

@@ -97,6 +97,5 @@ def _compress(node: NodeTrace, dims: dict[str, Keep | None]) -> Compress | None:
     names = [t.name for t in node.node.outputs]
     return Compress(
         {i: {a: np.flatnonzero(k) for a, k in axes.items()} for i, axes in inputs.items()},
-        {i: {a: np.maximum(np.cumsum(k) - 1, 0) for a, k in axes.items()}
-         for i, axes in outputs.items() if i < len(names) and names[i]},
+        {i: {a: np.maximum(np.cumsum(k) - 1, 0) for a, k in axes.items()} for i, axes in outputs.items() if i < len(names) and names[i]},
     )

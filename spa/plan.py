@@ -46,20 +46,37 @@ class Plan:
     def to_json(self) -> str:
         """The plan as text; the same plan gives the same text."""
         fields = {
-            "format": "spa-plan", "version": self.version, "model_sha256": self.model_sha256, "graph_sha256": self.graph_sha256,
-            "options": dict(self.options), "trace": dict(self.trace), "groups": {k: dict(v) for k, v in self.groups.items()},
-            "notes": dict(self.notes), "copies": dict(self.copies), "removed": {k: dict(v) for k, v in self.removed.items()},
+            "format": "spa-plan",
+            "version": self.version,
+            "model_sha256": self.model_sha256,
+            "graph_sha256": self.graph_sha256,
+            "options": dict(self.options),
+            "trace": dict(self.trace),
+            "groups": {k: dict(v) for k, v in self.groups.items()},
+            "notes": dict(self.notes),
+            "copies": dict(self.copies),
+            "removed": {k: dict(v) for k, v in self.removed.items()},
         }
-        return json.dumps(fields, indent=None, separators=(",", ":")).replace('"groups":', '\n"groups":').replace(
-            '"removed":', '\n"removed":') + "\n"
+        return (
+            json.dumps(fields, indent=None, separators=(",", ":")).replace('"groups":', '\n"groups":').replace('"removed":', '\n"removed":')
+            + "\n"
+        )
 
     def save(self, path: str | Path) -> None:
         """Writes the plan, whole or not at all. Raises BadFile."""
         write_files([(Path(path), [self.to_json().encode()])])
 
 
-def make_plan(model: Model, groups: Groups, gone: NDArray[np.bool_], *, copies: Mapping[str, str], options: Mapping[str, Any],
-              trace: Mapping[str, Any], notes: Mapping[str, str]) -> Plan:
+def make_plan(
+    model: Model,
+    groups: Groups,
+    gone: NDArray[np.bool_],
+    *,
+    copies: Mapping[str, str],
+    options: Mapping[str, Any],
+    trace: Mapping[str, Any],
+    notes: Mapping[str, str],
+) -> Plan:
     """A plan from a mask over all coordinates. `model` is the model as given, before normalising."""
     chosen = {}
     for group in groups.groups:
@@ -100,17 +117,19 @@ def _from_fields(fields: Any, label: str) -> Plan:
     if fields.get("version") != VERSION:
         raise BadPlan(f"{label} is a plan of version {fields.get('version')}, this spa reads version {VERSION}: make it again.")
     try:
-        groups = {
-            str(k): {"size": int(v["size"]), "kept": [int(i) for i in v["kept"]]} for k, v in fields["groups"].items()
-        }
-        removed = {
-            str(v): {str(int(a)): [int(i) for i in p] for a, p in axes.items()} for v, axes in fields["removed"].items()
-        }
+        groups = {str(k): {"size": int(v["size"]), "kept": [int(i) for i in v["kept"]]} for k, v in fields["groups"].items()}
+        removed = {str(v): {str(int(a)): [int(i) for i in p] for a, p in axes.items()} for v, axes in fields["removed"].items()}
         inputs = {str(n): [int(k) for k in s] for n, s in (fields["trace"].get("inputs") or {}).items()}
         fields = {**fields, "trace": {**fields["trace"], "inputs": inputs}}
         return Plan(
-            str(fields["model_sha256"]), str(fields["graph_sha256"]), groups, removed, dict(fields["trace"]),
-            dict(fields.get("copies", {})), dict(fields.get("options", {})), dict(fields.get("notes", {})),
+            str(fields["model_sha256"]),
+            str(fields["graph_sha256"]),
+            groups,
+            removed,
+            dict(fields["trace"]),
+            dict(fields.get("copies", {})),
+            dict(fields.get("options", {})),
+            dict(fields.get("notes", {})),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadPlan(f"{label} is damaged: {type(error).__name__} {error}.") from error

@@ -63,8 +63,13 @@ class _Sums:
         return self.made[p]
 
     def _add(
-        self, name: str, tensor: gs.Constant, p: float, free: NDArray[np.bool_],
-        matrices: NDArray[np.float64], vectors: NDArray[np.float64],
+        self,
+        name: str,
+        tensor: gs.Constant,
+        p: float,
+        free: NDArray[np.bool_],
+        matrices: NDArray[np.float64],
+        vectors: NDArray[np.float64],
     ) -> None:
         shape = tuple(tensor.shape)
         axes = [a for a in range(len(shape)) if (name, a) in self.groups.labels and free[self.groups.labels[name, a]].any()]

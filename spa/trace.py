@@ -141,9 +141,7 @@ class _Tracer:
         if shape is None:
             self.axes[name] = None
         else:
-            self.axes[name] = tuple(
-                Axis(n, self.atoms.fresh(n)) if n > 1 else Axis(n, None, self.one) for n in shape
-            )
+            self.axes[name] = tuple(Axis(n, self.atoms.fresh(n)) if n > 1 else Axis(n, None, self.one) for n in shape)
 
     def _fixed_value(self, name: str, node: str, op: str, cause: str) -> None:
         shape = self.facts.shapes.get(name)

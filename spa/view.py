@@ -61,19 +61,32 @@ def constant_of(node: gs.Node) -> gs.Constant | None:
     return value if isinstance(value, gs.Constant) else None
 
 
-def view(graph: gs.Graph, node: gs.Node, shapes: Mapping[str, Shape | None], values: Mapping[str, NDArray[Any]],
-         constants: set[str] | frozenset[str]) -> View:
+def view(
+    graph: gs.Graph,
+    node: gs.Node,
+    shapes: Mapping[str, Shape | None],
+    values: Mapping[str, NDArray[Any]],
+    constants: set[str] | frozenset[str],
+) -> View:
     """A node with the shapes and constants that are known of its operands."""
     domain = node.domain or ""
     present = tuple(bool(t.name) for t in node.inputs)
     return View(
-        node, node.op, "" if domain == "ai.onnx" else domain, opset_of(graph, ""), node.attrs,
+        node,
+        node.op,
+        "" if domain == "ai.onnx" else domain,
+        opset_of(graph, ""),
+        node.attrs,
         tuple(shapes.get(t.name) if t.name else None for t in node.inputs),
-        tuple(shapes.get(t.name) if t.name else None for t in node.outputs), present, values, constants,
+        tuple(shapes.get(t.name) if t.name else None for t in node.outputs),
+        present,
+        values,
+        constants,
     )
 
 
 def opset_of(graph: gs.Graph, domain: str) -> int:
+    """Opset of a domain that the graph imports."""
     for imported in graph.import_domains or ():
         if imported.domain == domain or (not domain and imported.domain == "ai.onnx"):
             return int(imported.version)
@@ -89,6 +102,7 @@ def dtype_is_float(dtype: Any) -> bool:
 
 
 def type_of(dtype: Any) -> int:
+    """onnx.TensorProto.DataType of a graph-surgeon dtype, 0 if it has none."""
     if dtype is None:
         return 0
     try:

@@ -184,8 +184,7 @@ class Walk:
         if max(sizes) <= 1:
             return True
         derived = any(t.name in self.arithmetic for t in node.inputs)
-        whole = all(self.types.get(t.name) in (onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.BOOL)
-                    for t in node.outputs)
+        whole = all(self.types.get(t.name) in (onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.BOOL) for t in node.outputs)
         return derived or whole
 
     def _evaluate(self, i: int, node: gs.Node) -> None:
@@ -202,9 +201,7 @@ class Walk:
             if tensor.name and isinstance(result, np.ndarray | np.generic):
                 self.values[tensor.name] = np.asarray(result)
                 self._set(tensor.name, helper.np_dtype_to_tensor_dtype(np.asarray(result).dtype), np.asarray(result).shape)
-                if node.op in READS_SHAPE or np.asarray(result).dtype.kind in "iub" or any(
-                    t.name in self.arithmetic for t in node.inputs
-                ):
+                if node.op in READS_SHAPE or np.asarray(result).dtype.kind in "iub" or any(t.name in self.arithmetic for t in node.inputs):
                     self.arithmetic.add(tensor.name)
 
 

@@ -43,9 +43,25 @@ def main(
             race = spa.race(models, feed, rounds=rounds, seconds=seconds, threads=threads)
         version = race.version
         for lap in race.laps:
-            rows.append((name, lap.name, f"{macs[lap.name]:.3f}", f"{1000 * lap.median:.1f}", f"{lap.ratio:.3f}", f"{lap.ratio / macs[lap.name]:.2f}"))
-    table = Table("network", "multiple of", "MACs", "ms", "latency", "latency / MACs",
-                  title=f"ONNX Runtime {version}, CPU provider, {threads} thread(s), block {block_of('cpu')}, {rounds} rounds, seed 0")
+            rows.append(
+                (
+                    name,
+                    lap.name,
+                    f"{macs[lap.name]:.3f}",
+                    f"{1000 * lap.median:.1f}",
+                    f"{lap.ratio:.3f}",
+                    f"{lap.ratio / macs[lap.name]:.2f}",
+                )
+            )
+    table = Table(
+        "network",
+        "multiple of",
+        "MACs",
+        "ms",
+        "latency",
+        "latency / MACs",
+        title=f"ONNX Runtime {version}, CPU provider, {threads} thread(s), block {block_of('cpu')}, {rounds} rounds, seed 0",
+    )
     for row in rows:
         table.add_row(*row)
     Console(width=120).print(table)

@@ -42,7 +42,11 @@ def build(name: str) -> Any:
     """A network with random weights: torchvision's, or timm's where the name says so."""
     torch = need("torch")
     torch.manual_seed(0)
-    made = need("timm").create_model(name) if "_patch" in name or name.startswith("mixer") else getattr(need("torchvision.models"), name)(weights=None)
+    made = (
+        need("timm").create_model(name)
+        if "_patch" in name or name.startswith("mixer")
+        else getattr(need("torchvision.models"), name)(weights=None)
+    )
     for module in made.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False
@@ -71,8 +75,12 @@ def theirs(module: Any) -> Any:
     last = [m for m in module.modules() if isinstance(m, torch.nn.Linear)][-1:]
     heads = {m.qkv: m.num_heads for m in module.modules() if hasattr(m, "qkv") and hasattr(m, "num_heads")}
     pruner = tp.pruner.BasePruner(
-        module, torch.randn(1, 3, 224, 224), importance=tp.importance.GroupMagnitudeImportance(p=2), pruning_ratio=0.5,
-        ignored_layers=last, num_heads=heads,
+        module,
+        torch.randn(1, 3, 224, 224),
+        importance=tp.importance.GroupMagnitudeImportance(p=2),
+        pruning_ratio=0.5,
+        ignored_layers=last,
+        num_heads=heads,
     )
     pruner.step()
     for m in module.modules():
@@ -113,16 +121,23 @@ def race(name: str, rounds: int, limit: float) -> dict[str, Any]:
                 tp_times.append(taken)
             except Exception as problem:  # its failures are a result
                 error = f"{type(problem).__name__}: {problem}"[:80]
-        row |= {"spa_s": statistics.median(spa_times), "load_save_s": statistics.median(io_times),
-                "spa_over_load_save": statistics.median(a / b for a, b in zip(spa_times, io_times, strict=True)),
-                "spa_macs_kept": result.after.macs / result.before.macs, "spa_parameters_kept": result.after.parameters / result.before.parameters}
+        row |= {
+            "spa_s": statistics.median(spa_times),
+            "load_save_s": statistics.median(io_times),
+            "spa_over_load_save": statistics.median(a / b for a, b in zip(spa_times, io_times, strict=True)),
+            "spa_macs_kept": result.after.macs / result.before.macs,
+            "spa_parameters_kept": result.after.parameters / result.before.parameters,
+        }
         if tp_times:
             row |= {"tp_s": statistics.median(tp_times), "tp_over_spa": statistics.median(tp_times) / statistics.median(spa_times)}
         if tp_times and not error:
             try:
                 export(pruned, Path(folder) / "theirs.onnx")
                 counts = spa.count(spa.analyze(str(Path(folder) / "theirs.onnx")).groups)
-                row |= {"tp_macs_kept": counts.macs / result.before.macs, "tp_parameters_kept": counts.parameters / result.before.parameters}
+                row |= {
+                    "tp_macs_kept": counts.macs / result.before.macs,
+                    "tp_parameters_kept": counts.parameters / result.before.parameters,
+                }
             except Exception as problem:  # a pruned module that does not run is a result too
                 error = f"{type(problem).__name__}: {problem}"[:80]
         row["tp_error"] = error
@@ -146,8 +161,11 @@ def chain(depth: int, width: int, path: Path) -> None:
             file.write(np.roll(block, i, axis=0).tobytes())
             offset += block.nbytes
     graph = helper.make_graph(
-        nodes, "chain", [helper.make_tensor_value_info("x0", 1, ["batch", width])],
-        [helper.make_tensor_value_info(f"x{depth}", 1, ["batch", width])], weights,
+        nodes,
+        "chain",
+        [helper.make_tensor_value_info("x0", 1, ["batch", width])],
+        [helper.make_tensor_value_info(f"x{depth}", 1, ["batch", width])],
+        weights,
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
 
@@ -191,7 +209,10 @@ def memory(gigabytes: float) -> None:
         taken, done = seconds(lambda: subprocess.run(command, check=True, capture_output=True, text=True))
         before, peak = map(int, done.stdout.split())
         size = path.with_suffix(".data").stat().st_size
-        print(f"{size / 2**30:.2f} GiB of weights in 100 MatMuls of {width}: {taken:.1f} s, peak resident {peak / 1024:.0f} MiB ({before / 1024:.0f} MiB after imports)")
+        print(
+            f"{size / 2**30:.2f} GiB of weights in 100 MatMuls of {width}: {taken:.1f} s, "
+            f"peak resident {peak / 1024:.0f} MiB ({before / 1024:.0f} MiB after imports)"
+        )
 
 
 def main(
@@ -214,14 +235,47 @@ def main(
     for name in networks or NETWORKS:
         rows.append(race(name, rounds, limit))
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, file=sys.stderr, flush=True)
-    versions = {"spa": spa.__version__, "torch_pruning": getattr(need("torch_pruning"), "__version__", "?"), "torch": need("torch").__version__,
-                "onnx": onnx.__version__, "python": platform.python_version(), "machine": platform.processor() or platform.machine(),
-                "torch_threads": need("torch").get_num_threads(), "rounds": rounds, "seed": 0}
-    table = Table("network", "spa s", "Torch-Pruning s", "ratio", "spa / load+save", "MACs kept", "theirs", "parameters kept", "theirs", "their error",
-                  title=str(versions))
+    versions = {
+        "spa": spa.__version__,
+        "torch_pruning": getattr(need("torch_pruning"), "__version__", "?"),
+        "torch": need("torch").__version__,
+        "onnx": onnx.__version__,
+        "python": platform.python_version(),
+        "machine": platform.processor() or platform.machine(),
+        "torch_threads": need("torch").get_num_threads(),
+        "rounds": rounds,
+        "seed": 0,
+    }
+    table = Table(
+        "network",
+        "spa s",
+        "Torch-Pruning s",
+        "ratio",
+        "spa / load+save",
+        "MACs kept",
+        "theirs",
+        "parameters kept",
+        "theirs",
+        "their error",
+        title=str(versions),
+    )
     for row in rows:
-        cells = [row["network"], *(f"{row[k]:.3f}" if k in row else "-" for k in (
-            "spa_s", "tp_s", "tp_over_spa", "spa_over_load_save", "spa_macs_kept", "tp_macs_kept", "spa_parameters_kept", "tp_parameters_kept"))]
+        cells = [
+            row["network"],
+            *(
+                f"{row[k]:.3f}" if k in row else "-"
+                for k in (
+                    "spa_s",
+                    "tp_s",
+                    "tp_over_spa",
+                    "spa_over_load_save",
+                    "spa_macs_kept",
+                    "tp_macs_kept",
+                    "spa_parameters_kept",
+                    "tp_parameters_kept",
+                )
+            ),
+        ]
         table.add_row(*cells, row["tp_error"])
     Console(width=200).print(table)
     print(f"peak resident of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")

@@ -1,6 +1,7 @@
 """Prunes a whole zoo and writes one row a graph.
 
-    python -m tools.zoo_report FOLDER-OR-FILE ... [--ratio 0.5 --ratio 0.25] [--criterion l2] [--multiple-of 1] [--simplify onnxslim] [-o report.csv]
+    python -m tools.zoo_report FOLDER-OR-FILE ... [--ratio 0.5 --ratio 0.25] [--criterion l2] [--multiple-of 1]
+        [--simplify onnxslim] [-o report.csv]
 
 `.onnx.xz` files are graphs without weights (models.weightless), `.onnx` files are taken as they are. A row says what is kept
 of the MACs and parameters, which share of the channels is frozen and the most costly cause, the largest difference between
@@ -62,7 +63,9 @@ def frozen_share(groups: spa.Groups) -> tuple[float, str]:
     return share, str(cause.frozen) if cause is not None else ""
 
 
-def row_of(path: Path, model: onnx.ModelProto | Path, name: str, ratio: float, criterion: str, multiple_of: int | str, *, check: bool = True) -> Row:
+def row_of(
+    path: Path, model: onnx.ModelProto | Path, name: str, ratio: float, criterion: str, multiple_of: int | str, *, check: bool = True
+) -> Row:
     """Prunes one graph; every failure is a row too."""
     start = time.perf_counter()
     empty = (float("nan"),) * 3
@@ -81,7 +84,9 @@ def row_of(path: Path, model: onnx.ModelProto | Path, name: str, ratio: float, c
     except spa.NothingToPrune as error:
         return Row(path.name, name, ratio, criterion, 1.0, 1.0, 1.0, str(error), 0.0, time.perf_counter() - start, "nothing")
     except Exception as error:  # whatever happens to one graph, the others get their row
-        return Row(path.name, name, ratio, criterion, *empty, "", float("nan"), time.perf_counter() - start, f"{type(error).__name__}: {error}")
+        return Row(
+            path.name, name, ratio, criterion, *empty, "", float("nan"), time.perf_counter() - start, f"{type(error).__name__}: {error}"
+        )
 
 
 def main(
@@ -104,7 +109,9 @@ def main(
                     except Exception as error:  # the simplifier's failure is not ours, but is reported
                         rows.append(Row(path.name, way, one_ratio, one, *(float("nan"),) * 3, "", float("nan"), 0.0, f"{way}: {error}"))
                         continue
-                    rows.append(row_of(path, model, way, one_ratio, one, multiple_of if multiple_of == "auto" else int(multiple_of), check=check))
+                    rows.append(
+                        row_of(path, model, way, one_ratio, one, multiple_of if multiple_of == "auto" else int(multiple_of), check=check)
+                    )
                     print(_line(rows[-1]), file=sys.stderr, flush=True)
     show(rows)
     if output is not None:
@@ -117,16 +124,41 @@ def main(
 
 
 def _line(row: Row) -> str:
-    return (f"{row.graph:40} {row.simplified:9} r={row.ratio} {row.criterion:7} macs {row.macs_kept:.3f} params {row.parameters_kept:.3f} "
-            f"diff {row.difference:.1e} {row.seconds:.2f}s {row.outcome[:150]}")
+    return (
+        f"{row.graph:40} {row.simplified:9} r={row.ratio} {row.criterion:7} macs {row.macs_kept:.3f} params {row.parameters_kept:.3f} "
+        f"diff {row.difference:.1e} {row.seconds:.2f}s {row.outcome[:150]}"
+    )
 
 
 def show(rows: list[Row]) -> None:
     """Prints the table."""
-    table = Table("graph", "simplified", "ratio", "criterion", "MACs kept", "parameters kept", "frozen", "difference", "seconds", "outcome", "most costly cause")
+    table = Table(
+        "graph",
+        "simplified",
+        "ratio",
+        "criterion",
+        "MACs kept",
+        "parameters kept",
+        "frozen",
+        "difference",
+        "seconds",
+        "outcome",
+        "most costly cause",
+    )
     for row in rows:
-        table.add_row(row.graph, row.simplified, f"{row.ratio}", row.criterion, f"{row.macs_kept:.3f}", f"{row.parameters_kept:.3f}",
-                      f"{row.channels_frozen:.2f}", f"{row.difference:.1e}", f"{row.seconds:.2f}", row.outcome, row.most_costly_cause)
+        table.add_row(
+            row.graph,
+            row.simplified,
+            f"{row.ratio}",
+            row.criterion,
+            f"{row.macs_kept:.3f}",
+            f"{row.parameters_kept:.3f}",
+            f"{row.channels_frozen:.2f}",
+            f"{row.difference:.1e}",
+            f"{row.seconds:.2f}",
+            row.outcome,
+            row.most_costly_cause,
+        )
     Console(width=240).print(table)
 
 
