@@ -145,13 +145,38 @@ def _partition(traced: Traced, sites: list[Site], resolved: list[Labels]) -> tup
     if not len(atoms):
         return atoms, atoms
     frozen = traced.atoms.causes(atoms[:, None])[:, 0]
-    _, inverse = np.unique(np.stack([finger[atoms], frozen.astype(np.uint64)]), axis=1, return_inverse=True)
+    beside = _beside(finger, resolved)[atoms]
+    _, inverse = np.unique(np.stack([finger[atoms], frozen.astype(np.uint64), beside]), axis=1, return_inverse=True)
     inverse = inverse.ravel()
     earliest = np.full(inverse.max() + 1, np.iinfo(np.int64).max)
     np.minimum.at(earliest, inverse, first[atoms])
     rank = np.argsort(np.argsort(earliest))[inverse]
     order = np.lexsort((first[atoms], rank))
     return atoms[order], rank[order]
+
+
+def _beside(finger: NDArray[np.uint64], resolved: list[Labels]) -> NDArray[np.uint64]:
+    """For each atom a number drawn for the atoms of its own fingerprint that share a row with it.
+
+    Factors of equal size (32 groups of 32 channels) occur equally often everywhere; what tells them apart is that an atom
+    stands beside all atoms of the other factors, and beside none of its own.
+    """
+    found = np.zeros(len(finger), np.uint64)
+    draws = np.random.default_rng(1).integers(1, 2**63, len(finger), dtype=np.uint64)
+    seen: set[int] = set()
+    for rows in resolved:
+        if rows.shape[1] < 2 or id(rows) in seen:
+            continue
+        seen.add(id(rows))
+        for i in range(rows.shape[1]):
+            for j in range(i):
+                one, two = rows[:, i], rows[:, j]
+                alike = (one > 0) & (two > 0) & (finger[one] == finger[two])
+                if alike.any():
+                    pairs = np.unique(np.stack([one[alike], two[alike]]), axis=1)
+                    np.add.at(found, pairs[0], draws[pairs[1]])
+                    np.add.at(found, pairs[1], draws[pairs[0]])
+    return found
 
 
 def _places(of: NDArray[np.int64], count: int, sites: list[Site], labels: Mapping[Site, Labels]) -> tuple[list[list[Site]], nx.Graph[int]]:

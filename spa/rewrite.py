@@ -168,9 +168,10 @@ def _new_list(old: list[int], carry: Carry, sizes: _Sizes) -> list[int]:
         if not isinstance(term, Dim | Product | Sum) or i >= len(new):
             continue
         before, after = sizes.of(term, after=False), sizes.of(term, after=True)
-        if carry.infer and old[i] in (-1, 0):
+        if carry.infer and old[i] == -1:
             continue
-        if (before != after and old[i] == before) or old[i] < 0:
+        copied = carry.infer and old[i] == 0  # copies an input axis, which need not be the one that shrinks
+        if (before != after and (old[i] == before or copied)) or old[i] < 0:
             new[i] = after
     return new
 

@@ -18,6 +18,7 @@ import onnx_graphsurgeon as gs
 from spa.atoms import Atoms, Labels, merge, stack
 from spa.shapes import Facts
 from spa.signatures import FIXED, STAT, Refusal, Signature, rule_of
+from spa.signatures.arithmetic import READS_SHAPE
 from spa.signatures.sizes import dim_sizes, term_size
 from spa.signatures.table import Dim, One, Operand, Pick, Product, Sum, Term, cause_of, dims_of, kind_of, read
 from spa.view import FLOATS, constant_of, dtype_is_float, stored, view
@@ -125,6 +126,9 @@ class _Tracer:
                 self.nodes.append(NodeTrace(node, None))
             else:
                 self.nodes.append(self._visit(node))
+        for tensor in self.graph.outputs:
+            if tensor.inputs and tensor.inputs[0].op in READS_SHAPE:
+                self._freeze_value(tensor.inputs[0].inputs[0].name, "", "", "has its size as an output of the graph")
         for tensor in self.graph.outputs if protect_outputs else ():
             self._freeze_value(tensor.name, "", "", "is an output of the graph (--no-protect-outputs lets it shrink)")
         return Traced(self.graph, self.facts, self.atoms, self.axes, tuple(self.nodes), tuple(self.reasons))

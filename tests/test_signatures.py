@@ -48,8 +48,8 @@ SHRINKS = """
     LessOrEqual:8 Log:2 LogSoftmax:7 LpNormalization:6 LpPool:7 MatMul:7 Max:14 MaxPool:7 Mean:3 MeanVarianceNormalization:1 Min:14
     Mish:1 Mod:19 Mul:9 Neg:2 Not:3 Or:8 PRelu:2 Pad:6 Pow:12 QuantizeLinear:13 RMSNormalization:19 RNN:6 Reciprocal:2 ReduceL1:9
     ReduceL2:9 ReduceLogSum:5 ReduceLogSumExp:9 ReduceMax:11 ReduceMean:8 ReduceMin:10 ReduceProd:9 ReduceSum:12 ReduceSumSquare:9
-    Relu:1 Reshape:7 RotaryEmbedding:8 Round:1 Scatter:1 ScatterElements:1 ScatterND:5 Selu:3 Shape:11 Shrink:2 Sigmoid:2 Sign:1 Sin:2
-    Sinh:2 Size:2 Slice:7 Softmax:7 Softplus:2 Softsign:2 SpaceToDepth:3 Split:14 Sqrt:2 Squeeze:2 Sub:9 Sum:3 SwiGLU:3 Swish:1 Tan:2
+    Relu:1 Reshape:7 RotaryEmbedding:8 Round:1 Scatter:1 ScatterElements:1 ScatterND:5 Selu:3 Shrink:2 Sigmoid:2 Sign:1 Sin:2
+    Sinh:2 Slice:7 Softmax:7 Softplus:2 Softsign:2 SpaceToDepth:3 Split:14 Sqrt:2 Squeeze:2 Sub:9 Sum:3 SwiGLU:3 Swish:1 Tan:2
     Tanh:2 TensorScatter:3 ThresholdedRelu:3 Tile:2 TopK:5 Transpose:7 Trilu:7 Unsqueeze:7 Where:2 Xor:8 attention*:93 bernoulli*:3
     causal*:13 celu*:3 center*:6 clip*:10 depthtospace*:2 dynamicquantizelinear*:3 elu*:3 flexattention*:11 gelu*:4 greater*:8 group*:2
     hardsigmoid*:3 hardswish*:1 layer*:38 leakyrelu*:3 less*:8 linear*:14 logsoftmax*:14 mish*:1 mvn*:2 nllloss*:9 prelu*:2 reduce*:41
@@ -61,6 +61,7 @@ NEVER = {
     "its positions or sizes depend on data": """AffineGrid BlackmanWindow CenterCropPad DFT Det EyeLike HammingWindow HannWindow
         ImageDecoder MelWeightMatrix NonMaxSuppression NonZero OneHot Range RegexFullMatch STFT StringConcat StringNormalizer
         StringSplit TfIdfVectorizer Unique affine* blackmanwindow* hammingwindow* hannwindow* range*""",
+    "the size that they read is the output of the graph": "Shape Size",
     "it has a body": "FlexAttention If Loop Scan SequenceMap sequence*",
     "sequences or optional values": "OptionalGetElement OptionalHasElement SequenceInsert SplitToSequence",
     "zero points": "ConvInteger DynamicQuantizeLinear MatMulInteger QLinearConv QLinearMatMul",

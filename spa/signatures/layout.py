@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -66,7 +66,7 @@ def factor(source: tuple[int, ...], target: tuple[int, ...]) -> tuple[tuple[Term
         chain.append(bound)
     if broken:
         return None
-    sizes = {f"f.{i}": high // low for i, (low, high) in enumerate(zip(chain, chain[1:], strict=False))}
+    sizes = {f"f.{i}": high // low for i, (low, high) in enumerate(pairwise(chain))}
 
     def side(shape: tuple[int, ...]) -> tuple[Term, ...]:
         terms: list[Term] = []
@@ -392,7 +392,7 @@ def _resampled(node: NodeView, rank: int) -> set[int]:
         return set(axes)
     place = 1 if node.opset < 11 else 2
     scales = node.attrs.get("scales")
-    if scales is None and place < len(node.inputs) and node.present[place] and not (node.inputs[place] == (0,)):
+    if scales is None and place < len(node.inputs) and node.present[place] and node.inputs[place] != (0,):
         scales = node.value(place)
         if scales is None:
             return set(axes)

@@ -109,7 +109,8 @@ def along(node: NodeView) -> Signature | Refusal:
     terms = tuple(Dim("r" if i == axis else f"a.{i}") for i in range(len(shape)))
     out = tuple(Dim("q" if i == axis else f"a.{i}") for i in range(len(shape)))
     outputs = tuple(out if s is not None and len(s) == len(shape) else None for s in node.outputs)
-    return Signature((terms, *[None] * (len(node.inputs) - 1)), outputs, {"r": FIXED, "q": FIXED}, {"r": "the order of all positions along it matters"})
+    causes = {"r": "the order of all positions along it matters"}
+    return Signature((terms, *[None] * (len(node.inputs) - 1)), outputs, {"r": FIXED, "q": FIXED}, causes)
 
 
 @signature("LpNormalization")
