@@ -20,7 +20,7 @@ from spa.choose import Options, choose
 from spa.count import Counts, count
 from spa.errors import CheckFailed, NothingToPrune, SpaError, UnsupportedModel
 from spa.feeds import Feeds, draw, shapes_to_try
-from spa.groups import Groups, find_groups
+from spa.groups import Groups, Kept, find_groups
 from spa.masking import masked
 from spa.normalize import Normal, normalize
 from spa.plan import Plan, check_belongs, load_plan, make_plan, mask_of
@@ -275,13 +275,13 @@ def runnable(model: Model, traced: Traced, *, seed: int = 0) -> Feeds:
 def _check_shapes(analysis: Analysis, gone: NDArray[np.bool_], small: Model) -> None:
     """Without the proof: shape inference of the pruned graph must give what is left of every shape. Raises CheckFailed."""
     groups, facts = analysis.groups, analysis.groups.traced.facts
+    kept = Kept(groups, gone)
     found = infer(small.graph, facts.feeds)
     for tensor in groups.traced.graph.outputs:
         shape = facts.shapes.get(tensor.name)
         if shape is None:
             continue
-        keeps = [groups.keep((tensor.name, a), gone) for a in range(len(shape))]
-        left = tuple(n if k is None else int(k.sum()) for n, k in zip(shape, keeps, strict=True))
+        left = kept.shape(tensor.name)
         if found.shapes.get(tensor.name) != left:
             raise CheckFailed(
                 f"Output {tensor.name!r} of the pruned graph would have shape {found.shapes.get(tensor.name)} instead of {left}."

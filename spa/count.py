@@ -6,7 +6,9 @@ and any selection of coordinates are counted by the same lines, without building
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +20,7 @@ from spa.signatures.table import dims_of
 from spa.trace import NodeTrace, Traced
 
 if TYPE_CHECKING:
-    from spa.groups import Groups
+    from spa.groups import Groups, Kept
 
 
 @dataclass(frozen=True)
@@ -79,36 +81,24 @@ def node_costs(traced: Traced, number: NDArray[np.int64], total: int) -> Costs:
 
 
 def _share(costs: NDArray[np.float64], rows: NDArray[np.int64], size: float) -> None:
-    costs += np.bincount(rows.ravel(), minlength=len(costs)) * (size / max(len(rows), 1))
+    np.add.at(costs, rows.ravel(), size / max(len(rows), 1))
 
 
 def count(groups: Groups, removed: NDArray[np.bool_] | None = None) -> Counts:
     """Counts of the traced graph, or of what is left of it. `removed` is a mask over all coordinates."""
+    from spa.groups import Kept  # groups are made of costs, counts of groups
+
     traced = groups.traced
-    gone = np.zeros(groups.total, bool) if removed is None else removed
-    lengths: dict[tuple[str, int], int] = {}
-
-    def kept_shape(name: str) -> tuple[int, ...] | None:
-        shape = traced.facts.shapes.get(name)
-        if shape is None:
-            return None
-        out = []
-        for i, n in enumerate(shape):
-            if (name, i) not in lengths:
-                keep = groups.keep((name, i), gone)
-                lengths[name, i] = n if keep is None else int(keep.sum())
-            out.append(lengths[name, i])
-        return tuple(out)
-
+    kept = Kept(groups, np.zeros(groups.total, bool) if removed is None else removed)
     weight_bytes = 0
     for name, tensor in traced.constants.items():
-        weight_bytes += int(np.prod(kept_shape(name) or tensor.shape) * _itemsize(traced.facts.types.get(name, 1)))
-    parameters = sum(int(np.prod(kept_shape(name) or ())) for name in traced.weights)
+        weight_bytes += int(math.prod(kept.shape(name) or tensor.shape) * _itemsize(traced.facts.types.get(name, 1)))
+    parameters = sum(math.prod(kept.shape(name) or ()) for name in traced.weights)
     batch = free_batch(traced)
-    return Counts(parameters, _macs(groups, gone) // batch, _peak(groups, kept_shape) // batch, weight_bytes)
+    return Counts(parameters, _macs(groups, kept) // batch, _peak(groups, kept) // batch, weight_bytes)
 
 
-def _macs(groups: Groups, gone: NDArray[np.bool_]) -> int:
+def _macs(groups: Groups, kept: Kept) -> int:
     total = 0
     for node in groups.traced.nodes:
         for factor, dims in macs_terms(node):
@@ -116,12 +106,13 @@ def _macs(groups: Groups, gone: NDArray[np.bool_]) -> int:
             for name in dims:
                 axis = node.dims.get(name)
                 if axis is not None:
-                    keep = groups.dim_keep(axis, gone)
-                    product *= axis.length if keep is None else int(keep.sum())
+                    keep = kept.dim(axis)
+                    product *= axis.length if keep is None else int(np.count_nonzero(keep))
             total += product
     return total
 
 
+@cache
 def _itemsize(kind: int) -> float:
     try:
         dtype = helper.tensor_dtype_to_np_dtype(kind)
@@ -130,7 +121,7 @@ def _itemsize(kind: int) -> float:
     return 0.5 if dtype.name in ("int4", "uint4") else dtype.itemsize
 
 
-def _peak(groups: Groups, kept_shape: object) -> int:
+def _peak(groups: Groups, kept: Kept) -> int:
     """Largest total of activations alive at once, nodes run in file order and values freed after their last use."""
     traced = groups.traced
     constants = traced.constants
@@ -141,8 +132,8 @@ def _peak(groups: Groups, kept_shape: object) -> int:
     size: dict[str, float] = {}
 
     def cost(name: str) -> float:
-        shape = kept_shape(name)  # type: ignore[operator]
-        return 0 if shape is None else float(np.prod(shape)) * _itemsize(traced.facts.types.get(name, 1))
+        shape = kept.shape(name)
+        return 0 if shape is None else math.prod(shape) * _itemsize(traced.facts.types.get(name, 1))
 
     live = sum(cost(t.name) for t in traced.graph.inputs)
     size.update({t.name: cost(t.name) for t in traced.graph.inputs})

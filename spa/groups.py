@@ -77,21 +77,56 @@ class Groups:
 
     def keep(self, site: Site, removed: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
         """(length,) positions of an axis that stay; None if all do. `removed` is a mask over all coordinates."""
-        return _keep(self.labels.get(site), removed)
+        return Kept(self, removed).site(site)
 
     def dim_keep(self, axis: Axis, removed: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
         """The same for a dim of a node."""
-        if axis.labels is None:
+        return Kept(self, removed).dim(axis)
+
+    def dim_labels(self, axis: Axis) -> Labels:
+        """Labels of a node's dim in coordinates + 1, as `labels` has them for sites."""
+        key = id(axis.labels)  # alive as long as the tracing
+        if key not in self._dims:
+            none = np.zeros((axis.length, 0), np.int64)
+            self._dims[key] = none if axis.labels is None else self.number[self.traced.atoms.resolve(axis.labels, frozen=True)]
+        return self._dims[key]
+
+    @cached_property
+    def _dims(self) -> dict[int, Labels]:
+        return {}
+
+
+class Kept:
+    """What a removal leaves of every axis; for many questions about one removal, which must not change meanwhile."""
+
+    def __init__(self, groups: Groups, removed: NDArray[np.bool_]) -> None:
+        self._groups = groups
+        self._gone = np.concatenate([[False], removed])
+        self._known: dict[int, tuple[Labels, NDArray[np.bool_] | None]] = {}
+
+    def site(self, site: Site) -> NDArray[np.bool_] | None:
+        """(length,) positions of a value's axis that stay; None if all do."""
+        return self._of(self._groups.labels.get(site))
+
+    def dim(self, axis: Axis) -> NDArray[np.bool_] | None:
+        """(length,) positions of a node's dim that stay; None if all do."""
+        return None if axis.labels is None else self._of(self._groups.dim_labels(axis))
+
+    def shape(self, value: str) -> tuple[int, ...] | None:
+        """What is left of a value's shape."""
+        shape = self._groups.traced.facts.shapes.get(value)
+        if shape is None:
             return None
-        resolved = self.traced.atoms.resolve(axis.labels, frozen=True)
-        return _keep(self.number[resolved], removed)
+        keeps = [self.site((value, i)) for i in range(len(shape))]
+        return tuple(n if k is None else int(np.count_nonzero(k)) for n, k in zip(shape, keeps, strict=True))
 
-
-def _keep(labels: Labels | None, removed: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
-    if labels is None or not labels.shape[1]:
-        return None
-    gone = np.asarray(np.concatenate([[False], removed])[labels].any(axis=1))
-    return np.logical_not(gone) if gone.any() else None
+    def _of(self, labels: Labels | None) -> NDArray[np.bool_] | None:
+        if labels is None or not labels.shape[1]:
+            return None
+        if id(labels) not in self._known:
+            gone = np.asarray(self._gone[labels].any(axis=1))
+            self._known[id(labels)] = labels, (np.logical_not(gone) if gone.any() else None)
+        return self._known[id(labels)][1]
 
 
 def find_groups(traced: Traced) -> Groups:

@@ -12,7 +12,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from passes import Compress, Mask, insert_masks
-from spa.groups import Groups
+from spa.groups import Groups, Kept
 from spa.signatures import STAT, SUM, Kind, Signature
 from spa.signatures.table import Dim, Operand, Product, Sum, Term, dims_of, kind_of
 from spa.trace import Axis, NodeTrace
@@ -22,12 +22,13 @@ Keep = NDArray[np.bool_]
 
 def masked(graph: gs.Graph, groups: Groups, gone: NDArray[np.bool_]) -> gs.Graph:
     """A new graph in which the coordinates of `gone` no longer count; weights are shared with `graph`."""
+    kept = Kept(groups, gone)
     masks: dict[str, list[Mask]] = {}
     compress: dict[str, Compress] = {}
     for node in groups.traced.nodes:
         if node.signature is None:
             continue
-        keep = {n: groups.dim_keep(a, gone) for n, a in node.dims.items()}
+        keep = {n: kept.dim(a) for n, a in node.dims.items()}
         if all(k is None for k in keep.values()):
             continue
         name = node.node.outputs[0].name

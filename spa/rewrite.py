@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from passes import DELETE, Patch, Removal, merge_copies, remove_channels
-from spa.groups import Groups
+from spa.groups import Groups, Kept
 from spa.signatures import Carry
 from spa.signatures.table import Dim, Pick, Product, Sum, Term
 from spa.trace import NodeTrace
@@ -30,12 +30,9 @@ class CannotRestate(Exception):
 def removed_positions(groups: Groups, gone: Gone) -> dict[str, dict[int, NDArray[np.int64]]]:
     """Positions that go, for every value and axis that loses any: {value: {axis: ascending positions}}."""
     found: dict[str, dict[int, NDArray[np.int64]]] = {}
-    cache: dict[int, NDArray[np.bool_] | None] = {}
-    for (value, axis), labels in groups.labels.items():
-        key = id(labels)
-        if key not in cache:
-            cache[key] = groups.keep((value, axis), gone)
-        keep = cache[key]
+    kept = Kept(groups, gone)
+    for value, axis in groups.labels:
+        keep = kept.site((value, axis))
         if keep is not None:
             found.setdefault(value, {})[axis] = np.flatnonzero(~keep)
     return found
@@ -74,7 +71,7 @@ def _equal(one: Mapping[int, NDArray[np.int64]] | None, two: Mapping[int, NDArra
 def plan_removal(groups: Groups, gone: Gone) -> Removal:
     """What the pass is told: cuts, new sizes, attributes and inputs."""
     traced = groups.traced
-    positions = removed_positions(groups, gone)
+    positions, kept = removed_positions(groups, gone), Kept(groups, gone)
     constants = traced.constants
     cuts: dict[str, dict[int, NDArray[np.int64]]] = {}
     shapes: dict[str, dict[int, int]] = {}
@@ -88,7 +85,7 @@ def plan_removal(groups: Groups, gone: Gone) -> Removal:
     for node in traced.nodes:
         if node.signature is None or not node.signature.carries:
             continue
-        sizes = _Sizes(groups, node, gone)
+        sizes = _Sizes(node, kept)
         if not sizes.touched:
             continue
         name = node.node.outputs[0].name
@@ -104,8 +101,8 @@ def plan_removal(groups: Groups, gone: Gone) -> Removal:
 class _Sizes:
     """Sizes of a node's dims before and after."""
 
-    def __init__(self, groups: Groups, node: NodeTrace, gone: Gone) -> None:
-        self.keep = {name: groups.dim_keep(axis, gone) for name, axis in node.dims.items()}
+    def __init__(self, node: NodeTrace, kept: Kept) -> None:
+        self.keep = {name: kept.dim(axis) for name, axis in node.dims.items()}
         self.axes = node.dims
         self.touched = any(k is not None for k in self.keep.values())
 

@@ -81,7 +81,7 @@ class _Sums:
             into = matrices if int(np.prod(shape)) > shape[axis] else vectors
             labels = self.groups.labels[name, axis]
             for column in labels.T:
-                into += np.bincount(column, weights=sums, minlength=len(into))
+                np.add.at(into, column, sums)
 
 
 def _powers(tensor: gs.Constant, axes: Sequence[int], p: float) -> dict[int, NDArray[np.float64]]:

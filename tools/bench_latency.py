@@ -1,6 +1,6 @@
 """Is the pruned network faster? Latency over MACs at half of the channels, with and without alignment.
 
-    python -m tools.bench_latency [NETWORK ...] [--rounds 30] [--threads 1]        needs the extra models
+    python -m tools.bench_latency [NETWORK ...] [--ratio 0.5] [--rounds 30] [--threads 1]        needs the extra models
 
 Dense, aligned (`--multiple-of auto`) and unaligned (`--multiple-of 1`) variants of each network race in one process, rounds
 interleaved; ratios are medians of round-by-round ratios to the dense one.
@@ -26,6 +26,7 @@ def main(
     networks: Annotated[list[str] | None, typer.Argument(help="torchvision or timm names")] = None,
     rounds: Annotated[int, typer.Option()] = 30,
     threads: Annotated[int, typer.Option()] = 1,
+    ratio: Annotated[float, typer.Option(help="0.47 shows what odd widths cost")] = 0.5,
     seconds: Annotated[float, typer.Option(help="at most, for each network")] = 60.0,
 ) -> None:
     """Races and prints."""
@@ -37,7 +38,7 @@ def main(
             export(build(name), path)
             models, macs = {"dense": spa.load(str(path))}, {"dense": 1.0}
             for multiple in ("auto", 1):
-                result = spa.prune(str(path), 0.5, multiple_of=multiple, check=False)
+                result = spa.prune(str(path), ratio, multiple_of=multiple, check=False)
                 models[str(multiple)], macs[str(multiple)] = result.model, result.after.macs / result.before.macs
             feed = {"input": np.random.default_rng(0).standard_normal((1, 3, 224, 224)).astype(np.float32)}
             race = spa.race(models, feed, rounds=rounds, seconds=seconds, threads=threads)
@@ -60,7 +61,7 @@ def main(
         "ms",
         "latency",
         "latency / MACs",
-        title=f"ONNX Runtime {version}, CPU provider, {threads} thread(s), block {block_of('cpu')}, {rounds} rounds, seed 0",
+        title=f"ONNX Runtime {version}, CPU provider, {threads} thread(s), block {block_of('cpu')}, ratio {ratio}, {rounds} rounds, seed 0",
     )
     for row in rows:
         table.add_row(*row)
