@@ -19,6 +19,7 @@ from spa.signatures.table import Dim, dims_of
 from spa.trace import node_name
 
 SCOPES = ("local", "global", "isomorphic")
+MANY = 14  # groups of a family of which every choice is tried
 MISS = 0.05  # a factor of a product that gets this much closer to the ratio is preferred to one with more coordinates
 SLACK = 1 / 6  # of a group's size: how far rounding to a block may lead away from what was asked for
 
@@ -64,7 +65,8 @@ def choose(groups: Groups, scores: Scores, options: Options, *, block: int = 16)
     """
     notes: dict[str, str] = {}
     candidates = _selected(groups, options)
-    wanted = {g.index: _own_ratio(g, options, groups) for g in candidates}
+    readers = readers_of(groups) if options.ratios else {}
+    wanted = {g.index: _own_ratio(g, options, readers) for g in candidates}
     widths = _Widths(groups, options, block)
     chosen = _one_factor_each(groups, candidates, wanted, widths, notes)
     quota = _quota(groups, chosen, scores, wanted, options)
@@ -132,10 +134,10 @@ def _selected(groups: Groups, options: Options) -> list[Group]:
     ]
 
 
-def _own_ratio(group: Group, options: Options, groups: Groups) -> float:
+def _own_ratio(group: Group, options: Options, readers: Mapping[str, list[str]]) -> float:
     if not options.ratios:
         return options.ratio
-    names = names_of(group, readers_of(groups))
+    names = names_of(group, readers)
     return next((r for p, r in options.ratios.items() if matches([p], names)), options.ratio)
 
 
@@ -213,7 +215,8 @@ def _one_factor_each(
 ) -> list[Group]:
     """Of the factors of a product only one shrinks, so that the product shrinks by the ratio and not by its square.
 
-    Preferred is the factor that comes closest to the ratio, then the one with more coordinates (head width before heads).
+    Of all ways to choose one factor a product, the one that saves most MACs on the way to the ratio (input and output channels
+    of a group convolution rather than whole groups); then the one with more coordinates (head width rather than heads).
     """
     by_index = {g.index: g for g in candidates}
     shared = groups.families.subgraph(by_index)
@@ -221,22 +224,38 @@ def _one_factor_each(
     for family in nx.connected_components(shared):
         if len(family) == 1:
             continue
-        members = [by_index[i] for i in sorted(family)]
-        taken: set[int] = set()
-
-        def rank(group: Group) -> tuple[bool, int, int]:
-            target = group.size * (1 - wanted[group.index])
-            miss = abs(widths.kept(group, target) - target) / group.size
-            return miss > MISS, -group.size, group.index
-
-        for group in sorted(members, key=rank):
-            rival = next((n for n in shared.neighbors(group.index) if n in taken), None)
-            if rival is None:
-                taken.add(group.index)
-            else:
-                notes[group.name] = f"stays whole: it multiplies {by_index[rival].name}, which shrinks instead (--include chooses)"
+        taken = _best_factors(shared.subgraph(family), by_index, wanted, widths)
         chosen += [by_index[i] for i in taken]
+        for i in sorted(family - taken):
+            rival = min(n for n in shared.neighbors(i) if n in taken)
+            notes[by_index[i].name] = f"stays whole: it multiplies {by_index[rival].name}, which shrinks instead (--include chooses)"
     return sorted(chosen, key=lambda g: g.index)
+
+
+def _best_factors(family: nx.Graph[int], by_index: Mapping[int, Group], wanted: Mapping[int, float], widths: _Widths) -> set[int]:
+    """Groups of a family of which no two multiply each other, none can be added, and that together save most."""
+
+    def value(index: int) -> tuple[float, int]:
+        group = by_index[index]
+        lost = group.size * wanted[index]
+        kept = widths.kept(group, group.size - lost)
+        missed = abs(group.size - lost - kept) > MISS * group.size
+        return (0.0 if missed else group.macs * min(group.size - kept, lost) + group.parameters * 1e-9), group.size
+
+    values = {i: value(i) for i in family}
+    if len(family) > MANY:  # exact would take for ever
+        taken: set[int] = set()
+        for i in sorted(family, key=lambda i: (values[i][0] <= 0, -values[i][1], i)):
+            if not any(n in taken for n in family.neighbors(i)):
+                taken.add(i)
+        return taken
+    ways = [set(way) for way in nx.find_cliques(nx.complement(family))]
+    worth = [(sum(values[i][0] for i in way), sum(values[i][1] for i in way)) for way in ways]
+    most = max(w for w, _ in worth)
+    return max(
+        (way for way, (w, _) in zip(ways, worth, strict=True) if w >= most * (1 - 1e-6)),
+        key=lambda way: (sum(values[i][1] for i in way), sorted(-i for i in way)),
+    )
 
 
 def _quota(groups: Groups, chosen: Sequence[Group], scores: Scores, wanted: Mapping[int, float], options: Options) -> dict[int, float]:
