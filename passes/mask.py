@@ -104,7 +104,6 @@ class _Builder:
         inner = self._variable(final)
         node.outputs[index] = inner
         made: list[gs.Node] = []
-        tensor = self.gather(made, inner, axes)
+        self.gather(made, inner, axes)
         made[-1].outputs[0] = final
-        del tensor
         return made

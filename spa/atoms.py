@@ -228,13 +228,11 @@ class Atoms:
 
     def _match_many(self, x: Labels, y: Labels) -> bool:
         """Rows with several atoms on both sides: pairs atoms that occupy the same rows, or one set of rows within another."""
-        row = np.arange(len(x))
         both = [(x[:, i], y[:, j]) for i in range(x.shape[1]) for j in range(y.shape[1])]
         u = np.concatenate([a for a, _ in both])
         v = np.concatenate([b for _, b in both])
         real = (u > 0) & (v > 0)
         pairs, together = np.unique(np.stack([u[real], v[real]]), axis=1, return_counts=True)
-        del row
         rows_of = {}
         for side in (x, y):
             atoms, counts = np.unique(side[side > 0], return_counts=True)

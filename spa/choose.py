@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from spa.errors import BadOption
 from spa.groups import Group, Groups
 from spa.score import Scores
-from spa.signatures.table import Dim, dims_of
+from spa.signatures.table import dims_of
 from spa.trace import node_name
 
 SCOPES = ("local", "global", "isomorphic")
@@ -197,11 +197,9 @@ def _dense_inputs(groups: Groups) -> set[int]:
     of = np.concatenate([[-1], groups.of_coordinate()])
     for node in groups.traced.nodes:
         signature = node.signature
-        if (
-            signature is None
-            or not signature.macs
-            or not any(n.split(".")[0] == "k" for t in signature.inputs[1] or () for n in dims_of(t) if "." in n)
-        ):
+        if signature is None or not signature.macs or len(signature.inputs) < 2:
+            continue
+        if not any(n.startswith("k.") for t in signature.inputs[1] or () for n in dims_of(t)):
             continue
         tensor = node.node.inputs[0]
         labels = groups.labels.get((tensor.name, 1))
@@ -240,7 +238,8 @@ def _best_factors(family: nx.Graph[int], by_index: Mapping[int, Group], wanted: 
         lost = group.size * wanted[index]
         kept = widths.kept(group, group.size - lost)
         missed = abs(group.size - lost - kept) > MISS * group.size
-        return (0.0 if missed else group.macs * min(group.size - kept, lost) + group.parameters * 1e-9), group.size
+        saved = 0.0 if missed else group.macs * min(group.size - kept, lost) + group.parameters * 1e-9
+        return (saved if math.isfinite(saved) else 0.0), group.size
 
     values = {i: value(i) for i in family}
     if len(family) > MANY:  # exact would take for ever
@@ -293,6 +292,3 @@ def structure(groups: Groups, group: Group) -> tuple[object, ...]:
     constants = groups.traced.constants
     marks = sorted((op, a, groups.traced.facts.shapes[v]) for v, a in group.sites if v in constants for op in readers.get(v, ()))
     return group.size, tuple(marks)
-
-
-__all__ = ["SCOPES", "Choice", "Dim", "Options", "choose", "matches", "names_of", "readers_of", "structure"]

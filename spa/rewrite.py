@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from passes import DELETE, Patch, Removal, merge_copies, remove_channels
+from passes import Patch, Removal, merge_copies, remove_channels
 from spa.groups import Groups, Kept
 from spa.signatures import Carry
 from spa.signatures.table import Dim, Pick, Product, Sum, Term
@@ -214,6 +213,3 @@ def _groups_of(groups: Groups, node: NodeTrace) -> list[int]:
             numbers = groups.number[groups.traced.atoms.resolve(axis.labels, frozen=True)]
             found |= {int(g) for g in np.unique(of[numbers]) if g >= 0}
     return sorted(found)
-
-
-__all__ = ["DELETE", "CannotRestate", "copy_graph", "plan_removal", "removed_positions", "replace", "rewrite"]

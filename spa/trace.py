@@ -7,6 +7,7 @@ touches, with a reason that names node, axis and cause.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +23,8 @@ from spa.signatures.arithmetic import READS_SHAPE
 from spa.signatures.sizes import dim_sizes, term_size
 from spa.signatures.table import Dim, One, Operand, Pick, Product, Sum, Term, cause_of, dims_of, kind_of, read
 from spa.view import FLOATS, constant_of, dtype_is_float, stored, view
+
+MOST = 1 << 28  # positions of an axis; a size beyond that is a damaged attribute
 
 
 @dataclass(frozen=True)
@@ -229,7 +232,7 @@ class _Tracer:
         if not free:
             return parts[0][0]
         kind = kind_of(made, name)
-        first, value, index = free[0]
+        first = free[0][0]
         assert first.labels is not None
         if held is not None:
             for axis, _, _ in free:
@@ -242,7 +245,6 @@ class _Tracer:
         for axis, _, _ in free[1:]:
             assert axis.labels is not None
             self.atoms.unify(first.labels, axis.labels)
-        del value, index
         return first
 
     def _outputs(self, node: gs.Node, made: Signature, dims: dict[str, Axis], sizes: Mapping[str, int]) -> None:
@@ -282,7 +284,9 @@ class _Tracer:
             labels = None if part.labels is None else part.labels[np.asarray(term.index, np.int64)]
             return Axis(len(term.index), labels, part.why)
         parts = [self._put_together(node, made, p, dims, sizes, value, i) for p in term.parts]
-        length = int(np.prod([p.length for p in parts])) if isinstance(term, Product) else sum(p.length for p in parts)
+        length = math.prod(p.length for p in parts) if isinstance(term, Product) else sum(p.length for p in parts)
+        if length > MOST:
+            return Axis(length, None, self._reason(node_name(node), node.op, value, i, "has more positions than any network"))
         if all(p.labels is None for p in parts):
             return Axis(length, None, max(parts, key=lambda p: p.length).why)
         known = [p.labels if p.labels is not None else self._held(p) for p in parts]
@@ -297,7 +301,7 @@ class _Tracer:
         axes = self.facts.shapes.get(value) or ()
         length = sizes.get(name, axes[i] if i < len(axes) else 0)
         dynamic = self.facts.dynamic.get(value, ())
-        if kind_of(made, name) is FIXED or length <= 1 or (i < len(dynamic) and dynamic[i]):
+        if kind_of(made, name) is FIXED or not 1 < length <= MOST or (i < len(dynamic) and dynamic[i]):
             return Axis(length, None, self._reason(node_name(node), node.op, value, i, cause_of(made, name)))
         return Axis(length, self.atoms.fresh(length))
 

@@ -24,7 +24,6 @@ from rich.console import Console
 from rich.table import Table
 
 import spa
-from models import weightless
 from tools import simplify
 
 
@@ -164,5 +163,3 @@ def show(rows: list[Row]) -> None:
 
 if __name__ == "__main__":
     typer.run(main)
-
-__all__ = ["Row", "main", "row_of", "weightless"]

@@ -1,6 +1,6 @@
 """The one table: what every operator does with the axes of its operands. See `spa.signatures.table`."""
 
-from spa.signatures import contraction, elementwise, layout, normalization, opaque, reduction, sequence
+from spa.signatures import contraction, elementwise, indexing, layout, normalization, opaque, reduction, sequence
 from spa.signatures.table import FIXED, MAP, STAT, SUM, Carry, Kind, Refusal, Signature, operators, rule_of, signature
 
 __all__ = [
@@ -13,7 +13,7 @@ __all__ = [
     "Refusal",
     "Signature",
     "contraction",
-    "elementwise",
+    "elementwise", "indexing",
     "layout",
     "normalization",
     "opaque",
