@@ -239,7 +239,7 @@ def _best_factors(family: nx.Graph[int], by_index: Mapping[int, Group], wanted: 
         kept = widths.kept(group, group.size - lost)
         missed = abs(group.size - lost - kept) > MISS * group.size
         saved = 0.0 if missed else group.macs * min(group.size - kept, lost) + group.parameters * 1e-9
-        return (saved if math.isfinite(saved) else 0.0), group.size
+        return (saved if 0 < saved < math.inf else 0.0), group.size
 
     values = {i: value(i) for i in family}
     if len(family) > MANY:  # exact would take for ever
