@@ -481,6 +481,12 @@ def swap_nodes(model):
     model.graph.node.extend(nodes)
 
 
+def close_circle(model):
+    """Let the first node read what is made from its own output."""
+    model.graph.node[0].input[0] = "k"
+    model.graph.node.append(onnx.helper.make_node("Relu", ["h"], ["k"], "back"))
+
+
 @pytest.mark.parametrize(
     ("change", "kind", "word"),
     [
@@ -506,7 +512,7 @@ def swap_nodes(model):
         (lambda m: m.graph.input.append(value("x")), BadModel, "'x'"),
         (lambda m: m.graph.output.append(value("y")), BadModel, "outputs"),
         (lambda m: m.graph.output.append(value("z")), BadModel, "'z'"),
-        (swap_nodes, BadModel, "node 'second' (Add) reads 'h', which is made only after it"),
+        (close_circle, BadModel, "node 'first' (MatMul) reads 'k', which in the end is made from that"),
         (set_node(1, input=["h", "q"]), BadModel, "node 'second' (Add) reads 'q', which nothing makes"),
         (set_node(1, output=["h"]), BadModel, "node 'second' (Add) makes 'h'"),
         (set_node(1, output=["x"]), BadModel, "node 'second' (Add) makes 'x'"),
@@ -525,6 +531,75 @@ def test_broken_models(tmp_path, change, kind, word):
     path.write_bytes(model.SerializeToString())
     refused(path, kind, word)
     refused(model, kind, word)
+
+
+def names_of(model):
+    return [node.name for node in model.graph.node]
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_nodes_out_of_order_are_sorted(tmp_path, as_file):
+    model = damaged(swap_nodes)
+    assert names_of(model) == ["second", "first"]
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    loaded = store.load(path if as_file else model)
+    written = store.to_proto(loaded)
+    assert names_of(written) == ["first", "second"]
+    assert names_of(model) == ["second", "first"]
+    onnx.checker.check_model(written, full_check=True)
+    feeds = {"x": np.ones((2, 64), np.float32)}
+    session = ort.InferenceSession(store.to_bytes(loaded), providers=["CPUExecutionProvider"])
+    weights = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    assert np.allclose(session.run(None, feeds)[0], feeds["x"] @ weights["w"] + weights["b"], rtol=1e-5)
+    assert store.to_bytes(store.load(store.to_bytes(loaded))) == store.to_bytes(loaded)
+
+
+def test_only_nodes_that_must_are_moved():
+    """c reads what b makes; a and d have no part in it and stay where they are."""
+    nodes = [
+        helper.make_node("Relu", ["vb"], ["vc"], "c"),
+        helper.make_node("Relu", ["x"], ["va"], "a"),
+        helper.make_node("Relu", ["x"], ["vb"], "b"),
+        helper.make_node("Relu", ["x"], ["vd"], "d"),
+        helper.make_node("Sum", ["va", "vc", "vd"], ["y"], "sum"),
+    ]
+    model = model_of(nodes, [])
+    assert names_of(store.to_proto(store.load(model))) == ["a", "b", "c", "d", "sum"]
+    ordered = model_of([nodes[i] for i in (3, 2, 1, 0, 4)], [])
+    assert names_of(store.to_proto(store.load(ordered))) == ["d", "b", "a", "c", "sum"]
+
+
+def test_nodes_in_bodies_are_sorted_and_count_as_readers():
+    def body(name):
+        late = helper.make_node("Neg", [f"{name}1"], [f"{name}2"], f"{name}late")
+        inner = [late, helper.make_node("Abs", ["h"], [f"{name}1"], f"{name}early")]
+        return helper.make_graph(inner, name, [], [helper.make_tensor_value_info(f"{name}2", FLOAT, None)])
+
+    nodes = [
+        helper.make_node("If", ["c"], ["y"], "if", then_branch=body("t"), else_branch=body("e")),
+        helper.make_node("Relu", ["x"], ["h"], "before"),
+        helper.make_node("Constant", [], ["c"], "condition", value=numpy_helper.from_array(np.array(True))),
+    ]
+    model = model_of(nodes, [])
+    loaded = store.load(model)
+    written = store.to_proto(loaded)
+    assert names_of(written) == ["before", "condition", "if"]
+    for attribute in written.graph.node[2].attribute:
+        assert [node.op_type for node in attribute.g.node] == ["Abs", "Neg"]
+    x = np.ones((2, 64), np.float32)
+    session = ort.InferenceSession(store.to_bytes(loaded), providers=["CPUExecutionProvider"])
+    assert np.array_equal(session.run(None, {"x": x})[0], -x)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_circles_are_refused(length):
+    names = ["x", *(f"v{i}" for i in range(length))]
+    nodes = [helper.make_node("Add", [names[i], f"v{length - 1}" if not i else names[i]], [names[i + 1]], f"n{i}") for i in range(length)]
+    nodes.append(helper.make_node("Relu", [names[-1]], ["y"], "last"))
+    for order in (nodes, nodes[::-1]):
+        with pytest.raises(BadModel, match="which in the end is made from that"):
+            store.load(model_of(order, []))
 
 
 @pytest.mark.parametrize(
