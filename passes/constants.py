@@ -92,9 +92,9 @@ def _constant_nodes(graph: gs.Graph, most: int) -> dict[str, gs.Constant]:
     """Values of Constant nodes, and of Identity of a constant, by output name."""
     found: dict[str, gs.Constant] = {}
     for node in graph.nodes:
-        if node.op == "Constant" and isinstance(node.attrs.get("value"), gs.Constant):
+        if node.op == "Constant" and isinstance(node.attrs.get("value"), gs.Constant) and node.outputs:
             found[node.outputs[0].name] = node.attrs["value"]
-        elif node.op == "Identity" and not node.domain:
+        elif node.op == "Identity" and not node.domain and node.inputs and node.outputs:
             source = node.inputs[0]
             held = source if isinstance(source, gs.Constant) else found.get(source.name)
             if held is not None and int(np.prod(held.shape)) <= most:

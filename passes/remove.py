@@ -88,6 +88,7 @@ def _restate(graph: gs.Graph, removal: Removal) -> int:
             else:
                 by_output[name].attrs[key] = value
     extra: dict[int, list[gs.Node]] = {}
+    opset = next((int(d.version) for d in graph.import_domains or () if d.domain in ("", "ai.onnx")), int(graph.opset))
     taken = set(graph.tensors())
     for (name, index), value in removal.inputs.items():
         node = by_output[name]
@@ -96,7 +97,7 @@ def _restate(graph: gs.Graph, removal: Removal) -> int:
             stem += "_"
         taken.add(stem)
         if isinstance(value, Patch):
-            before, new = _patched(node.inputs[index], value, stem)
+            before, new = _patched(node.inputs[index], value, stem, opset)
             extra.setdefault(id(node), []).append(before)
         else:
             new = gs.Constant(stem, np.asarray(value, order="C"))
@@ -108,10 +109,10 @@ def _restate(graph: gs.Graph, removal: Removal) -> int:
     return len(removal.inputs) + sum(map(len, removal.attributes.values()))
 
 
-def _patched(tensor: gs.Tensor, patch: Patch, name: str) -> tuple[gs.Node, gs.Variable]:
+def _patched(tensor: gs.Tensor, patch: Patch, name: str, opset: int) -> tuple[gs.Node, gs.Variable]:
     """ScatterElements over a computed shape: the elements that restate a size become constants."""
     out = gs.Variable(name, dtype=np.int64, shape=None)
     indices = gs.Constant(f"{name}.at", np.array(patch.indices, np.int64))
     values = gs.Constant(f"{name}.sizes", np.array(patch.values, np.int64))
-    node = gs.Node("ScatterElements", name, {"axis": 0}, [tensor, indices, values], [out])
+    node = gs.Node("ScatterElements" if opset >= 11 else "Scatter", name, {"axis": 0}, [tensor, indices, values], [out])
     return node, out

@@ -13,7 +13,7 @@ from onnx import helper, numpy_helper, shape_inference
 from onnx.reference import ReferenceEvaluator
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
-from spa.signatures.arithmetic import NEVER_FOLDED, READS_SHAPE, standard_form
+from spa.signatures.arithmetic import NEVER_FOLDED, READS_SHAPE, REINTERPRETS, standard_form
 from spa.signatures.sizes import output_shape
 from spa.signatures.table import Refusal, read, rule_of
 from spa.view import Shape, constant_of, opset_of, type_of, view
@@ -191,6 +191,8 @@ class Walk:
         results: Sequence[Any]
         if node.op == "Shape":
             results = [np.array((self.shapes[node.inputs[0].name] or ())[part_read(node)], np.int64)]
+        elif node.op in REINTERPRETS and self.shapes[node.outputs[0].name] is not None:
+            results = [self.values[node.inputs[0].name].reshape(self.shapes[node.outputs[0].name])]
         else:
             try:
                 evaluator = ReferenceEvaluator(self.prepared.protos[i], opsets={d.domain: d.version for d in self.prepared.opsets})

@@ -5,6 +5,9 @@ from __future__ import annotations
 READS_SHAPE = frozenset({"Shape", "Size"})
 """Give sizes, not values."""
 
+REINTERPRETS = frozenset({"Squeeze", "Unsqueeze", "Reshape", "Flatten", "Identity"})
+"""Give the elements of their first input in the same order, in another shape."""
+
 MOVES = READS_SHAPE | {"Gather", "Slice", "Concat", "Squeeze", "Unsqueeze", "Reshape", "Identity", "Transpose", "Split"}
 """Only move elements, so that each element of a result depends on one element."""
 
