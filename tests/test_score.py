@@ -13,6 +13,7 @@ from test_trace import groups_of, ints, net
 import spa
 from spa import criteria
 from spa.errors import BadModel, BadOption
+from spa.score import _magnitudes
 
 
 def model() -> onnx.ModelProto:
@@ -140,3 +141,11 @@ def test_a_criterion_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_criterion_that_is_not_there() -> None:
     with pytest.raises(BadOption, match="There is no criterion 'best'; the choice is: l1, l2, random"):
         scores_of(model(), "best", "w1:0")
+
+
+def test_half_precision_by_its_bits() -> None:
+    """Every float16 there is: the same magnitude as numpy gives, infinity where it is not finite."""
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    expected = np.abs(every.astype(np.float32))
+    expected[~np.isfinite(expected)] = np.inf
+    np.testing.assert_array_equal(_magnitudes(every), expected)
