@@ -74,7 +74,9 @@ def choose(groups: Groups, scores: Scores, options: Options, *, block: int = 16)
     for group in chosen:
         keep = widths.kept(group, group.size - quota[group.index])
         if keep >= group.size:
-            if quota[group.index] > 0:
+            if 0 < quota[group.index] < 1:
+                notes[group.name] = f"stays whole: the ratio asks for less than one of its {group.size} channels"
+            elif quota[group.index]:
                 notes[group.name] = f"stays whole: {group.size} channels have no smaller width that is a multiple of {widths.step(group)}"
             continue
         order = np.argsort(scores.values[group.coordinates], kind="stable")

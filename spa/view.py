@@ -95,6 +95,8 @@ def opset_of(graph: gs.Graph, domain: str) -> int:
 
 def dtype_is_float(dtype: Any) -> bool:
     """Whether a gs dtype (numpy's or ONNX's number) is floating point."""
+    if dtype is None:
+        return False
     try:
         return dtype_to_onnx(dtype) in FLOATS
     except (TypeError, ValueError, KeyError):
