@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -70,11 +71,24 @@ def _quiet(_: str) -> Iterator[None]:
     yield
 
 
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No garbage collection meanwhile: graphs are many small objects that all stay, which the collector would visit over and over."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 def opened(model: Source) -> Model:
     """A Model, loaded if it is not one yet."""
     return model if isinstance(model, Model) else load(model)
 
 
+@_collector_paused()
 def analyze(
     model: Source,
     *,
@@ -95,6 +109,7 @@ def analyze(
     return Analysis(given, normal, groups, settings)
 
 
+@_collector_paused()
 def plan(
     model: Source | Analysis,
     ratio: float = 0.5,
@@ -160,6 +175,7 @@ def why_nothing(groups: Groups, notes: Mapping[str, str]) -> str:
     return f"Nothing to prune: all {len(frozen)} groups are frozen, the most costly one because {frozen[0].frozen}."
 
 
+@_collector_paused()
 def apply(
     model: Source | Analysis,
     plan: Plan | str | os.PathLike[str] | Mapping[str, Any],
