@@ -259,10 +259,10 @@ def prove(
 def _must_load(small: Model, original: Model) -> None:
     """The pruned model loads in its own type, unless the runtime lacks kernels for the original too (bfloat16)."""
     try:
-        checking.session(small)
+        checking.session(small, lean=True)
     except UnsupportedModel:
         try:
-            checking.session(original)
+            checking.session(original, lean=True)
         except UnsupportedModel:
             return
         raise
@@ -271,9 +271,9 @@ def _must_load(small: Model, original: Model) -> None:
 def runnable(model: Model, traced: Traced, *, seed: int = 0) -> Feeds:
     """Drawn inputs that the model runs with on ONNX Runtime. Raises UnsupportedModel that asks for `--input` if none are found."""
     try:
-        opened = checking.session(model)
+        opened = checking.session(model, lean=True)
     except UnsupportedModel:
-        opened = checking.session(widen(model, {})[0])  # no kernels for this type: the proof runs in float32 anyway
+        opened = checking.session(widen(model, {})[0], lean=True)  # no kernels for this type: the proof runs in float32 anyway
     first: UnsupportedModel | None = None
     wide = {i.name: np.float32 for i in opened.get_inputs() if i.type == "tensor(float)"}
     for shapes in shapes_to_try(traced):

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from spa.errors import CheckFailed, UnsupportedModel
 from spa.feeds import Feeds
-from spa.store import LARGEST_FILE, Model, save, to_bytes
+from spa.store import Model, save, to_bytes
 
+IN_MEMORY = 64 << 20  # bytes; a larger model goes to the runtime through files, whose weights it maps instead of copying
 TOLERANCE = 1e-4  # of the output's scale, float32
 
 
@@ -46,15 +47,21 @@ class Check:
         return bool(self.worst <= self.tolerance)
 
 
-def session(model: Model, *, threads: int = 0, optimize: bool = True) -> ort.InferenceSession:
-    """An ONNX Runtime session on the CPU provider. Raises UnsupportedModel with the runtime's own words."""
+def session(model: Model, *, threads: int = 0, optimize: bool = True, lean: bool = False) -> ort.InferenceSession:
+    """An ONNX Runtime session on the CPU provider; `lean` saves memory at the cost of speed.
+
+    Raises UnsupportedModel with the runtime's own words.
+    """
     options = ort.SessionOptions()
+    if lean and model.nbytes >= IN_MEMORY:
+        options.add_session_config_entry("session.disable_prepacking", "1")  # else each weight is held twice
+        options.enable_cpu_mem_arena = False
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
-        if model.nbytes < LARGEST_FILE and not model.external:
+        if model.nbytes < IN_MEMORY:
             return ort.InferenceSession(to_bytes(model), options, providers=["CPUExecutionProvider"])
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
@@ -67,7 +74,7 @@ def session(model: Model, *, threads: int = 0, optimize: bool = True) -> ort.Inf
 
 def run(model: Model, feeds: Feeds, *, optimize: bool = True) -> dict[str, NDArray[np.generic]]:
     """Outputs by name. Raises UnsupportedModel if the runtime fails."""
-    return run_session(session(model, optimize=optimize), feeds)
+    return run_session(session(model, optimize=optimize, lean=True), feeds)
 
 
 def run_session(opened: ort.InferenceSession, feeds: Feeds) -> dict[str, NDArray[np.generic]]:

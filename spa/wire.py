@@ -124,11 +124,13 @@ Enter = Callable[[int, int], bool]
 
 def _rewrite(
     data: Buffer, start: int, stop: int, *, kind: str, enter: Enter, on_tensor: OnTensor, depth: int = 0
-) -> Parts:
-    """Copy a message, with the tensors that `on_tensor` answers for replaced and all lengths around them corrected."""
+) -> Parts | None:
+    """A message with the tensors that `on_tensor` answers for replaced, and all lengths around them corrected.
+
+    None if it answers for none: by its length a replacement cannot be told from what it replaces.
+    """
     if kind == "tensor":
-        replaced = on_tensor(start, stop)
-        return [data[start:stop]] if replaced is None else replaced
+        return on_tensor(start, stop)
     children = _CHILDREN[kind]
     parts: Parts = []
     done = start
@@ -137,12 +139,11 @@ def _rewrite(
         if child is None or field.wire != BYTES or depth >= _MAX_DEPTH or not enter(field.start, field.stop):
             continue
         inner = _rewrite(data, field.start, field.stop, kind=child, enter=enter, on_tensor=on_tensor, depth=depth + 1)
-        if len(inner) == 1 and length(inner) == field.stop - field.start:
-            continue  # untouched: it goes out with what is around it
+        if inner is None:
+            continue  # it goes out with what is around it
         parts += [data[done : field.tag], varint(field.number << 3 | BYTES) + varint(length(inner)), *inner]
         done = field.stop
-    parts.append(data[done:stop])
-    return parts
+    return [*parts, data[done:stop]] if parts else None
 
 
 def lift(data: Buffer, location: str) -> tuple[bytes, list[tuple[int, int]]]:
@@ -188,7 +189,7 @@ def lift(data: Buffer, location: str) -> tuple[bytes, list[tuple[int, int]]]:
         return stop - start > INLINE_BYTES
 
     parts = _rewrite(data, 0, len(data), kind="model", enter=enter, on_tensor=on_tensor)
-    return b"".join(stream(parts)), spans
+    return (bytes(data) if parts is None else b"".join(stream(parts))), spans
 
 
 def placeholder(location: str, key: int) -> TensorProto:
@@ -229,7 +230,8 @@ def splice(skeleton: bytes, location: str, replace: Callable[[TensorProto, int],
     def enter(start: int, stop: int) -> bool:
         return skeleton.find(needle, start, stop) >= 0
 
-    return _rewrite(skeleton, 0, len(skeleton), kind="model", enter=enter, on_tensor=on_tensor)
+    parts = _rewrite(skeleton, 0, len(skeleton), kind="model", enter=enter, on_tensor=on_tensor)
+    return [skeleton] if parts is None else parts
 
 
 def inline(proto: TensorProto, weight: Weight) -> Parts:

@@ -913,3 +913,19 @@ def test_error_family():
     assert len(kinds) == 8
     assert {kind.__name__ for kind in kinds if kind.exit_code == 1} == {"NothingToPrune", "CheckFailed"}
     assert all(kind.__doc__ for kind in kinds)
+
+
+def test_references_as_long_as_their_placeholders(tmp_path):
+    """A reference to the data file that happens to be as long as the placeholder must still replace it."""
+    names = [f"w{i}" for i in range(200)]
+    weights = [numpy_helper.from_array(np.full((300 + 7 * i,), i, np.float32), n) for i, n in enumerate(names)]
+    nodes = [helper.make_node("Identity", [n], [f"y{i}"]) for i, n in enumerate(names)]
+    outputs = [helper.make_tensor_value_info(f"y{i}", 1, None) for i in range(200)]
+    model = helper.make_model(helper.make_graph(nodes, "g", [], outputs, weights))
+    for length in range(1, 60):
+        path = tmp_path / f"{'m' * length}.onnx"
+        store.save(store.load(model), path, external=True)
+        graph = onnx.load(path, load_external_data=False).graph
+        assert {i.external_data[0].value for i in graph.initializer} == {f"{path.name}.data"}
+    found = {i.name: numpy_helper.to_array(i) for i in onnx.load(path).graph.initializer}
+    assert all(np.array_equal(found[w.name], numpy_helper.to_array(w)) for w in weights)

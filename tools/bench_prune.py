@@ -190,6 +190,8 @@ def linear(depths: list[int], output: Path) -> None:
     axes.loglog(*zip(*points, strict=True), marker="o", label="spa")
     axes.loglog([d for d, _ in points], [points[0][1] * d / points[0][0] for d, _ in points], "--", color="grey", label="linear")
     axes.set(xlabel="layers", ylabel="seconds", title="analysis, plan and rewrite")
+    axes.set_xticks([d for d, _ in points], [str(d) for d, _ in points])
+    axes.set_xticks([], minor=True)
     axes.legend()
     figure.savefig(output, dpi=120, bbox_inches="tight")
 
