@@ -320,10 +320,18 @@ class Weight(LazyValues):  # type: ignore[misc]  # graph-surgeon has no type inf
             filled += block.size
         return result
 
-    def release(self) -> None:
-        """Say that what `load` gave has been used: its pages may leave memory until they are asked for again."""
-        if not self.is_string:
-            self.source.release(0, storage_bytes(self._stored, self.data_type))
+    def rows(self, step: int) -> Iterator[Array]:
+        """Read the values `step` positions of the first axis at a time; a block is valid until the next one is asked for."""
+        if self._kept or self.is_string or self.data_type in _SUB_BYTE_BITS or not self._stored or math.prod(self._stored) == 0:
+            whole = self.load()
+            yield from (whole[i : i + step] for i in range(0, len(whole), step)) if whole.ndim else (whole,)
+            return
+        data, size = self.source.view(), storage_bytes(self._stored, self.data_type) // self._stored[0]
+        for start in range(0, self._stored[0], step):
+            stop = min(start + step, self._stored[0])
+            block = np.frombuffer(data[start * size : stop * size], self.dtype).reshape(stop - start, *self._stored[1:])
+            yield block if block.flags.aligned else block.copy()
+            self.source.release(start * size, stop * size)
 
     def pieces(self) -> Iterator[memoryview]:
         """Read the bytes in raw layout, in pieces of bounded size; a piece is valid until the next one is asked for."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,21 +89,17 @@ class _Sums:
 
 def _powers(tensor: gs.Constant, axes: Sequence[int], p: float) -> dict[int, NDArray[np.float64]]:
     """(length of axis,) sum of |w|^p over all other axes, for each of `axes`; the tensor is read once, in blocks of rows."""
-    weight = tensor._values if isinstance(tensor._values, Weight) else None
-    array = tensor.values if weight is None else weight.load()
-    sums = {axis: np.zeros(array.shape[axis]) for axis in axes}
-    rows = max(1, BLOCK // max(array[:1].size, 1))
-    for start in range(0, array.shape[0], rows):
-        block = array[start : start + rows]
-        block = _magnitudes(block)
+    weight = tensor._values if isinstance(tensor._values, Weight) else Weight.of_array(tensor.values)
+    sums = {axis: np.zeros(tensor.shape[axis]) for axis in axes}
+    step = max(1, BLOCK // max(math.prod(tensor.shape[1:]), 1))
+    for start, rows in zip(itertools.count(0, step), weight.rows(step), strict=False):
+        block = _magnitudes(rows)
         for axis in axes:
             found = _along(block, axis, p)
             if axis:
                 sums[axis] += found
             else:
-                sums[0][start : start + rows] = found
-        if weight is not None:
-            weight.release()
+                sums[0][start : start + step] = found
     return sums
 
 
