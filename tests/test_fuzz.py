@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import random
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ ZOO = Path(__file__).parent.parent / "models" / "zoo"
 GRAPHS = ["recurrent.script", "resnext.script", "mixer.script"]
 MANY = 100  # a graph; three to five seconds, bounded by the clock for slow machines
 SECONDS = 8.0
+OUTCOMES = {"pruned", "NothingToPrune", "BadModel", "UnsupportedModel", "BadFile", "CheckFailed"}
 
 
 def outcomes(graph: str, seed: int, count: int, seconds: float) -> set[str]:
@@ -65,3 +67,9 @@ def test_bytes_that_are_no_model() -> None:
             if data:
                 data[rng.randrange(len(data))] = rng.randrange(256)
         attempt(bytes(data), number)
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parent / "crashers").glob("*.xz")), ids=lambda p: p.name)
+def test_what_crashed_once(path: Path) -> None:
+    """Damaged models that tools.fuzz found, named by the error and the place; large weights are zeros now."""
+    assert attempt(lzma.decompress(path.read_bytes()), 0) in OUTCOMES
