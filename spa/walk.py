@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -191,8 +192,11 @@ class Walk:
         results: Sequence[Any]
         if node.op == "Shape":
             results = [np.array((self.shapes[node.inputs[0].name] or ())[part_read(node)], np.int64)]
-        elif node.op in REINTERPRETS and self.shapes[node.outputs[0].name] is not None:
-            results = [self.values[node.inputs[0].name].reshape(self.shapes[node.outputs[0].name])]
+        elif node.op in REINTERPRETS and (shape := self.shapes[node.outputs[0].name]) is not None:
+            value = self.values[node.inputs[0].name]
+            if value.size != math.prod(shape):
+                return
+            results = [value.reshape(shape)]
         else:
             try:
                 evaluator = ReferenceEvaluator(self.prepared.protos[i], opsets={d.domain: d.version for d in self.prepared.opsets})

@@ -362,7 +362,7 @@ def check_plan(steps: list[Step], seed: int, ratio: float, scope: str) -> bool:
 
 
 FEW = settings(max_examples=120, deadline=None, derandomize=True)
-MANY = settings(max_examples=5000, deadline=None)
+MANY = settings(max_examples=1500, deadline=None)
 RATIOS = st.sampled_from((0.2, 0.5, 0.75))
 SCOPES = st.sampled_from(("local", "global", "isomorphic"))
 
