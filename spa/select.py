@@ -185,7 +185,7 @@ class _Remaining:
         if lost is None:
             lost = self._resolve(mine)
         added = np.bincount(turn[owner], weights=np.einsum("qm,qm->q", lost, lost), minlength=len(coordinates))
-        if (self.of == _GONE).mean() > _EMPTY:
+        if np.count_nonzero(self.of == _GONE) > _EMPTY * len(self.of):
             self._compact()
         return np.asarray(self.scale * added)
 
