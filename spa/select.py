@@ -259,31 +259,23 @@ def greedy(layers: Sequence[Layer], size: int, *, damping: float, steps: int | N
     return scores
 
 
-@dataclass
 class _System:
-    """A layer ready for sets: weights of equal error and the damped C."""
+    """A layer ready for sets of coordinates: weights of equal error, C and its damping."""
 
-    weight: Array
-    covariance: Array
-    of: NDArray[np.int64]
-    scale: float
+    def __init__(self, layer: Layer, damping: float) -> None:
+        self.weight, self.covariance, self.damping = _active(layer), layer.covariance, damping
+        self.of, self.scale = np.asarray(layer.of, np.int64), layer.scale
 
     def parts(self, gone: Mask) -> tuple[NDArray[np.int64], NDArray[np.int64], Array]:
         """Columns that stay, columns that go, and the Cholesky factor of C in the order (stay, go); its last block is that of Σ."""
         going = (self.of >= 0) & np.append(gone, False)[self.of]
         stay, go = np.flatnonzero(~going), np.flatnonzero(going)
         order = np.concatenate([stay, go])
-        return stay, go, factor(self.covariance[np.ix_(order, order)], 0.0)[0]
+        return stay, go, factor(self.covariance[np.ix_(order, order)], self.damping)[0]
 
     def error(self, gone: Mask) -> float:
         stay, go, lower = self.parts(gone)
         return self.scale * float(((self.weight[:, go] @ lower[len(stay) :, len(stay) :]) ** 2).sum()) if len(go) else 0.0
-
-
-def _systems(layers: Sequence[Layer], damping: float) -> list[_System]:
-    return [
-        _System(_active(x), damped(x.covariance, factor(x.covariance, damping)[1]), np.asarray(x.of, np.int64), x.scale) for x in layers
-    ]
 
 
 def total_error(layers: Sequence[Layer], gone: Mask, *, damping: float) -> float:
@@ -291,7 +283,7 @@ def total_error(layers: Sequence[Layer], gone: Mask, *, damping: float) -> float
 
     L is the last block of the Cholesky factor of C with the kept columns first, so nothing cancels.
     """
-    return sum(system.error(gone) for system in _systems(layers, damping))
+    return sum((_System(layer, damping).error(gone) for layer in layers), 0.0)
 
 
 class _Exchange:
@@ -353,7 +345,7 @@ def swap(layers: Sequence[Layer], gone: Mask, *, damping: float, rounds: int = 1
     coordinates that cost least and the `candidates` removed ones that would save most. A round makes all exchanges that help and do not
     share a coordinate, or the better half of them, and so on, if together they do not.
     """
-    systems = _systems(layers, damping)
+    systems = [_System(layer, factor(layer.covariance, damping)[1]) for layer in layers]  # one damping for all sets
     best = sum(system.error(gone) for system in systems)
     gone = gone.copy()
     for _ in range(rounds):
