@@ -36,6 +36,7 @@ Mask = NDArray[np.bool_]
 _DEAD = 1e-14  # of the mean variance: float32 activations cannot vary less
 _LEAF = 64  # below this, triangular systems go to LAPACK; above, they are split and go to matrix products
 _LEAST = 1e-13  # damping that is tried first where none was asked for
+_MOST = 1e15  # damping that leaves nothing of C; up to there, the caller's wish
 _PIVOT = 10 * np.finfo(np.float64).eps  # times d: smallest 1 − R² of a column given those before it that is more than rounding
 
 
@@ -80,11 +81,11 @@ def factor(covariance: Array, damping: float) -> tuple[Array, float]:
     Raises
     ------
     BadOption
-        The covariance holds NaN or infinities.
+        The covariance holds NaN or infinities, or is so far from one that no damping helps.
     """
     if not np.isfinite(covariance).all():
         raise BadOption("The calibration statistics hold NaN or infinities; use other calibration data.")
-    while True:
+    while damping < _MOST:
         system = damped(covariance, damping)
         try:
             lower: Array = np.linalg.cholesky(system).astype(np.float64, copy=False)
@@ -94,6 +95,7 @@ def factor(covariance: Array, damping: float) -> tuple[Array, float]:
         except np.linalg.LinAlgError:
             pass
         damping = max(10 * damping, _LEAST)
+    raise BadOption("The calibration statistics are no covariances; use other calibration data.")
 
 
 def forward(lower: Array, right: Array) -> Array:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_solve import correlated, moments
 
 from spa.errors import BadOption
-from spa.select import Layer, errors, greedy, swap, total_error
+from spa.select import Layer, _Exchange, _System, errors, greedy, swap, total_error
 from spa.solve import Moments, bias, damped, obspa, residual
 
 seeds = st.integers(0, 10_000)
@@ -220,6 +220,24 @@ def test_swap_ends_where_no_exchange_helps(seed: int) -> None:
         trial = gone.copy()
         trial[k], trial[p] = True, False
         assert total_error(found, trial, damping=0.01) >= error * (1 - 1e-9)
+
+
+@settings(deadline=None, max_examples=10)
+@given(seed=seeds)
+def test_an_exchange_is_priced_exactly(seed: int) -> None:
+    for layer in layers(seed, size=7):
+        gone = one(7, 1, 4, 6)
+        error = total_error([layer], gone, damping=0.01)
+        exchange = _Exchange(_System(layer, 0.01), gone)
+        kept, back = np.flatnonzero(~gone), np.flatnonzero(gone)
+        change = exchange.pairs(kept, back)
+        for i, k in enumerate(kept):
+            assert exchange.costs()[k] == pytest.approx(total_error([layer], gone | one(7, k), damping=0.01) - error, rel=1e-6)
+            for j, p in enumerate(back):
+                trial = (gone | one(7, k)) & ~one(7, p)
+                assert change[i, j] == pytest.approx(total_error([layer], trial, damping=0.01) - error, rel=1e-6, abs=1e-9 * error)
+        for p in back:
+            assert exchange.gains()[p] == pytest.approx(error - total_error([layer], gone & ~one(7, p), damping=0.01), rel=1e-6)
 
 
 def test_swap_without_rounds_changes_nothing() -> None:

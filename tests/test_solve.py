@@ -221,7 +221,7 @@ def test_a_duplicate_takes_over() -> None:
 def test_dead_columns(function: str) -> None:
     """A constant column gives nothing and gets nothing; removed, its part goes to the intercept."""
     x, weight, offset, _, removed = problem(12)
-    x[:, :3] = [0.0, 1e3, -2.0]
+    x[:, :3] = [0.1, 1e3 / 3, -2.2]  # the mean is not exact, so the covariances are not quite 0
     removed[:3] = [False, True, False]
     known = moments(x)
     assert list(np.flatnonzero(dead(known.covariance))) == [0, 1, 2]
@@ -270,3 +270,20 @@ def test_damping_is_in_units_of_the_diagonal() -> None:
 def test_statistics_must_be_finite(bad: float) -> None:
     with pytest.raises(BadOption, match="NaN or infinities"):
         factor(np.array([[1.0, bad], [bad, 1.0]]), 0.01)
+
+
+def test_statistics_must_be_covariances() -> None:
+    with pytest.raises(BadOption, match="no covariances"):
+        factor(np.array([[1.0, 2.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, -3.0]]), 0.01)
+
+
+def test_rounding_in_a_dead_column_moves_nothing() -> None:
+    _, weight, offset, known, removed = problem(14)
+    covariance = known.covariance.copy()
+    covariance[0] = covariance[:, 0] = 1e-9  # of a large constant, by accumulated products
+    covariance[0, 0] = -1e-12
+    removed[:2] = [False, True]
+    new, _ = obspa(weight, offset, Moments(known.count, known.mean, covariance), removed, 0.01)
+    np.testing.assert_array_equal(new[:, 0], weight[:, 0])
+    new, _ = affine(weight, offset, Moments(known.count, known.mean, covariance), removed, np.arange(18), 0.01)
+    np.testing.assert_allclose(new[:, 0], weight[:, 0], rtol=1e-9)
