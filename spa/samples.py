@@ -9,6 +9,7 @@ as a single image (3, 224, 224), gets one in front that is taken off again.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -176,6 +177,9 @@ def _batch_axis(sizes: Sizes, symbols: tuple[object, ...], batch: int | None, sy
         return None
     if symbol is not None and symbol in symbols:
         return symbols.index(symbol)
+    free = [a for a, n in enumerate(sizes) if n is None]
+    if batch is None and symbol is None and len(free) == 1 and not isinstance(symbols[free[0]], str):
+        return free[0]  # a state (2, ?, 64) beside an input (?, 16), neither of them named
     if batch is not None:
         return 0 if sizes[0] == batch or (sizes[0] is None and len(sizes) > 1) else None
     return 0 if sizes[0] is None and (len(sizes) > 1 or symbols[0] not in inner) else None
@@ -416,8 +420,9 @@ def _join(pieces: Sequence[Piece]) -> Piece:
 
 
 def reason(error: BaseException) -> str:
-    """What an exception says, in one line without a full stop at its end."""
-    text = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split()).rstrip(".")
+    """The first sentence of what an exception says, in one line without its full stop."""
+    text = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
+    text = re.split(r"(?<=[.!?]) (?=[A-Z])", text)[0].rstrip(".")
     return text if isinstance(error, SpaError | OSError) else f"{type(error).__name__}: {text}" if text != type(error).__name__ else text
 
 

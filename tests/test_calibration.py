@@ -306,9 +306,11 @@ def test_a_batch_ends_where_shapes_change() -> None:
     assert fixed.dropped == 1
 
 
-def test_a_state_counts_samples_where_its_symbol_stands() -> None:
+@pytest.mark.parametrize("symbol", ["b", "?"])
+def test_a_state_counts_samples_where_its_symbol_stands(symbol: str) -> None:
     """Silero's shape: a state (2, batch, 3), and a rate that is the same for all samples."""
-    model = traced("float[b,4] x, float[2,b,3] s, int64 r -> float[b,4] y, float[2,b,3] t, int64 q", "y = Relu(x) t = Relu(s) q = Abs(r)")
+    shapes = f"float[{symbol},4] x, float[2,{symbol},3] s, int64 r -> float[{symbol},4] y, float[2,{symbol},3] t, int64 q"
+    model = traced(shapes, "y = Relu(x) t = Relu(s) q = Abs(r)")
     state = np.arange(30, dtype=np.float32).reshape(2, 5, 3)
     batches = read({"x": rows(5), "s": state, "r": np.array(16000)}, model, batch=3)
     assert [b["s"].shape for b in batches] == [(2, 3, 3), (2, 2, 3)]
@@ -708,6 +710,21 @@ def test_text_for_a_model_of_fixed_shape(tmp_path: Path, tokenizer: Path) -> Non
     assert "--length 6 does not fit" in refusal(BadOption, tmp_path / "a.txt", model, tokenizer=tokenizer, length=6)
     flat = traced("int64[5] words -> float[5,4] y", "y = Gather(t, words)", t=(50, 4))
     assert [b["words"].shape for b in read(tmp_path / "a.txt", flat, tokenizer=tokenizer, samples=2)] == [(5,)] * 2
+
+
+def test_a_directory_of_hugging_face(tmp_path: Path) -> None:
+    """Without tokenizer.json: transformers reads what it finds."""
+    pytest.importorskip("transformers")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
+    text, wanted = corpus(40)
+    (tmp_path / "a.txt").write_text(text)
+    batches = read(tmp_path / "a.txt", ids(), tokenizer=folder, length=10)
+    assert together(batches, "input_ids").ravel().tolist() == [i + 4 for i in wanted]
+    (tmp_path / "empty").mkdir()
+    assert "can't be read" in refusal(BadFile, tmp_path / "a.txt", ids(), tokenizer=tmp_path / "empty")
 
 
 def test_text_that_does_not_fit(tmp_path: Path, tokenizer: Path) -> None:
