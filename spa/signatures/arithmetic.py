@@ -20,6 +20,9 @@ NEVER_FOLDED = frozenset(
 )
 """Draw numbers, or belong to a format that the runtime wants to see."""
 
+ADDS = frozenset({"Add"})
+"""Add their operands, spread over each other: a stored one is a bias."""
+
 _STANDARD = {("com.microsoft", "FusedConv"): "Conv", ("com.microsoft", "FusedGemm"): "Gemm"}
 
 

@@ -9,16 +9,35 @@ from spa.signatures.table import (
     SUM,
     Carry,
     Dim,
+    Linear,
     NodeView,
     One,
     Operand,
     Refusal,
     Signature,
+    Window,
+    ints,
     make,
     signature,
 )
 
 WINDOW = {"s": "a convolution slides along it", "k": "is a kernel's extent"}
+
+
+def _slides(node: NodeView, *, transposed: bool = False) -> tuple[Linear, ...]:
+    """The linear map of a convolution; none where its kernel or its padding is not known."""
+    if len(node.inputs) < 2 or node.inputs[1] is None or node.attrs.get("output_shape"):
+        return ()
+    kernel = tuple(node.inputs[1][2:])
+    ones = (1,) * len(kernel)
+    pads = ints(node.attrs.get("pads")) or [0] * (2 * len(kernel))
+    same = str(node.attrs.get("auto_pad") or "NOTSET")
+    window = Window(
+        kernel, tuple(ints(node.attrs.get("strides")) or ones), tuple(ints(node.attrs.get("dilations")) or ones),
+        tuple(zip(pads[: len(kernel)], pads[len(kernel) :], strict=True)), same if same.startswith("SAME") else "", transposed,
+        tuple(ints(node.attrs.get("output_padding")) or (0,) * len(kernel)) if transposed else (),
+    )
+    return (Linear(0, 1, 2, window),)
 
 
 @signature("Conv")
@@ -29,7 +48,7 @@ def conv(node: NodeView) -> Signature | Refusal:
     macs = ("n", "o", "t", "c", "k") if group == 1 else ("n", "g", "o", "t", "c", "k")
     return make(
         node, text, sizes={"g": group} if group > 1 else {}, carries=[Carry("group", Dim("g"))] if group > 1 else (),
-        causes=WINDOW, macs=(macs,), c=SUM, s=FIXED, k=FIXED, t=FIXED,
+        causes=WINDOW, macs=(macs,), c=SUM, s=FIXED, k=FIXED, t=FIXED, linear=_slides(node),
     )
 
 
@@ -41,7 +60,7 @@ def conv_transpose(node: NodeView) -> Signature | Refusal:
     macs = ("n", "c", "s", "o", "k") if group == 1 else ("n", "g", "c", "s", "o", "k")
     return make(
         node, text, sizes={"g": group} if group > 1 else {}, carries=[Carry("group", Dim("g"))] if group > 1 else (),
-        causes=WINDOW, macs=(macs,), c=SUM, s=FIXED, k=FIXED, t=FIXED,
+        causes=WINDOW, macs=(macs,), c=SUM, s=FIXED, k=FIXED, t=FIXED, linear=_slides(node, transposed=True),
     )
 
 
@@ -91,7 +110,8 @@ def matmul_operands(a: tuple[int, ...], b: tuple[int, ...], trans_a: bool = Fals
     out += (Dim("m"),) if len(a) > 1 else ()
     out += (Dim("n"),) if len(b) > 1 else ()
     macs = ("b", "m", "k", "n")
-    return Signature((thin(left, a, off_a), thin(right, b, off_b)), (out,), {"k": SUM, "b": MAP}, macs=(macs,))
+    maps = (Linear(0, 1), Linear(1, 0))
+    return Signature((thin(left, a, off_a), thin(right, b, off_b)), (out,), {"k": SUM, "b": MAP}, macs=(macs,), linear=maps)
 
 
 @signature("MatMul")
@@ -119,13 +139,15 @@ def gemm(node: NodeView) -> Signature | Refusal:
         return Refusal("the shape of an operand is unknown")
     a = "k m" if node.attrs.get("transA") else "m k"
     b = "n k" if node.attrs.get("transB") else "k n"
-    made = make(node, f"{a}, {b} -> m n", macs=(("m", "k", "n"),), k=SUM)
+    gain = float(node.attrs.get("alpha", 1.0)) / (float(node.attrs.get("beta", 1.0)) or 1.0)
+    maps = (Linear(0, 1, 2, gain=gain), Linear(1, 0, 2, gain=gain))
+    made = make(node, f"{a}, {b} -> m n", macs=(("m", "k", "n"),), k=SUM, linear=maps)
     if isinstance(made, Refusal) or len(node.inputs) < 3 or not node.present[2]:
         return made
     rows = node.inputs[0][1 if node.attrs.get("transA") else 0]
     columns = node.inputs[1][0 if node.attrs.get("transB") else 1]
     c = spread(node.inputs[2], (rows, columns), ["m", "n"])
-    return Signature((*made.inputs[:2], c), made.outputs, made.kinds, macs=made.macs)
+    return Signature((*made.inputs[:2], c), made.outputs, made.kinds, macs=made.macs, linear=maps)
 
 
 signature("FusedGemm", domain="com.microsoft")(gemm)
@@ -164,4 +186,5 @@ def einsum(node: NodeView) -> Signature | Refusal:
     out = names(right, None)
     kinds = {name: SUM for axes in spelled for name in axes if name not in out}
     macs = (tuple(dict.fromkeys(n for axes in spelled for n in axes)),) if len(operands) > 1 else ()
-    return Signature(inputs, (tuple(map(Dim, out)),), kinds, macs=macs)
+    maps = (Linear(0, 1), Linear(1, 0)) if len(operands) == 2 else ()
+    return Signature(inputs, (tuple(map(Dim, out)),), kinds, macs=macs, linear=maps)

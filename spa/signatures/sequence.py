@@ -11,6 +11,7 @@ from spa.signatures.table import (
     SUM,
     Carry,
     Dim,
+    Linear,
     NodeView,
     Product,
     Refusal,
@@ -32,14 +33,16 @@ def recurrent(node: NodeView) -> Signature | Refusal:
     time = "b t" if node.attrs.get("layout") else "t b"
     state = "b r h" if node.attrs.get("layout") else "r b h"
     out = "b t r h" if node.attrs.get("layout") else "t r b h"
-    w = f"({gates} h)" if gates > 1 else "h"
+    both = (Dim("r"), Product((Dim("both"), Dim("gate"), Dim("h"))))  # biases of the input first, of the hidden state second
     return make(
         node,
-        f"{time} i, r {w} i, r {w} h, r ({2 * gates} h), b, {state}, {state}, r (3 h) -> {out}, {state}, {state}",
+        f"{time} i, r (gate h) i, r (gate h) h, r ({2 * gates} h), b, {state}, {state}, r (3 h) -> {out}, {state}, {state}",
+        sizes={"gate": gates},
         carries=[Carry("hidden_size", Dim("h"))],
-        causes={"t": "is time", "r": "counts directions"},
+        causes={"t": "is time", "r": "counts directions", "gate": "counts parts that the operator always has"},
         macs=(("t", "b", "r", gates, "h", "i"), ("t", "b", "r", gates, "h", "h")),
-        t=FIXED, r=FIXED, b=MAP, i=SUM, h=SUM,
+        linear=(Linear(0, 1, 3, spread=both),),
+        t=FIXED, r=FIXED, gate=FIXED, b=MAP, i=SUM, h=SUM,
     )
 
 
@@ -130,4 +133,4 @@ def packed_attention(node: NodeView) -> Signature | Refusal:
         carries.append(Carry("scale", value=1 / math.sqrt(weight[1] // 3 // heads)))
     return make(node, "b s i, i (3 h d), (3 h d), - -> b s (h d)", sizes=sizes, carries=carries,
                 macs=(("b", "s", "i", 3, "h", "d"), (2, "b", "h", "s", "s", "d")), i=SUM, d=SUM, s=FIXED,
-                b=FIXED if any(node.present[3:]) else MAP)
+                linear=(Linear(0, 1, 2),), b=FIXED if any(node.present[3:]) else MAP)

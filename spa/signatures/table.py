@@ -109,6 +109,38 @@ class Carry:
 
 
 @dataclass(frozen=True)
+class Window:
+    """How a kernel slides over the space axes; `same` is the auto_pad attribute where that decides the pads at run time.
+
+    pads: (begin, end) of each axis. transposed: the kernel is spread from each position instead of gathered to it.
+    """
+
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    pads: tuple[tuple[int, int], ...]
+    same: str = ""
+    transposed: bool = False
+    extra: tuple[int, ...] = ()  # output_padding of a transposed one
+
+
+@dataclass(frozen=True)
+class Linear:
+    """What the node computes of operand `data` is weight · data + bias / gain, summed over the SUM dims (and the window).
+
+    data, weight: input numbers. bias: input number where a bias belongs, None if the operator has no place for one.
+    spread: the bias's axes where they are others than the signature's; dims that the map lacks count at their position 0.
+    """
+
+    data: int
+    weight: int
+    bias: int | None = None
+    window: Window | None = None
+    gain: float = 1.0
+    spread: Operand = None
+
+
+@dataclass(frozen=True)
 class Signature:
     """One node's signature, with ranks known and variadic axes spelled out."""
 
@@ -121,6 +153,8 @@ class Signature:
     equations: tuple[tuple[Term, Term], ...] = ()  # terms that are the same axis: (of dims to be found, of input dims)
     macs: tuple[tuple[str | int, ...], ...] = ()  # products of dims, summed: multiply-accumulates of the node
     setting_cause: str = "is read as a setting"
+    linear: tuple[Linear, ...] = ()  # the linear maps in it, by their data operands
+    moments: tuple[int, int] | None = None  # inputs that hold a stored mean and variance of input 0, a dim each channel
 
     def __str__(self) -> str:
         def operand(axes: Operand) -> str:
@@ -244,6 +278,8 @@ def make(
     causes: Mapping[str, str] | None = None,
     macs: tuple[tuple[str | int, ...], ...] = (),
     kinds: Mapping[str, Kind] | None = None,
+    linear: tuple[Linear, ...] = (),
+    moments: tuple[int, int] | None = None,
     **more: Kind,
 ) -> Signature | Refusal:
     """Signature of a node from its pattern.
@@ -287,7 +323,7 @@ def make(
             fixed.setdefault(name, "counts parts that the operator always has")
     for i in range(1, len(blank) + 1):
         all_kinds[f"_{i}"] = FIXED
-    return Signature(inputs, tuple(outputs), all_kinds, fixed, known, tuple(carries), macs=macs)
+    return Signature(inputs, tuple(outputs), all_kinds, fixed, known, tuple(carries), macs=macs, linear=linear, moments=moments)
 
 
 def _rank(tokens: Iterable[str], stars: Mapping[str, int]) -> int | None:
