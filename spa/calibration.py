@@ -1,6 +1,6 @@
 """Calibration data: samples that a model is run on to see what its channels do, from files, folders, functions, or made up.
 
-    .npz .npy, pictures, text, Python --source--> pieces --regroup--> batches
+    .npz .npy, pictures, text, Python --source--> pieces --`Regrouping`--> batches
 
 Whatever comes in, a batch that comes out has the model's names, shapes and types and no NaN or infinity, or one sentence says which
 file, entry and input is wrong. Reading is lazy, memory is that of a batch, and every reading gives the same batches.
@@ -21,11 +21,12 @@ import numpy as np
 from spa import array_files, texts
 from spa import preprocess as pictures
 from spa.array_files import ArraySource, Entry, of_array, source_of, sources_of
+from spa.batches import Regrouping, Tally
 from spa.errors import BadFile, BadOption, SpaError
 from spa.feeds import Feeds, draw
 from spa.preprocess import PRESETS, Preprocess, image_source, read_preprocess
 from spa.python_data import Replay, Steady, as_array, pieces_of
-from spa.samples import Layout, Piece, Regrouping, Tally, layout_of, reason
+from spa.samples import Layout, Piece, layout_of, reason
 from spa.texts import text_source, token_inputs
 from spa.trace import Traced
 
