@@ -304,30 +304,41 @@ def _classifier() -> Any:
 
 
 def _fine_tune(network: Any, snippets: Snippets) -> None:
-    """AdamW, the rate falling linearly to zero, in bfloat16 where the processor has it."""
+    """AdamW, the rate falling linearly to zero, batches of about equally long texts. The embeddings stay as they are."""
     torch = need("torch")
     rows = encode_snippets(snippets.texts)
     labels = torch.from_numpy(snippets.labels)
     generator = torch.Generator().manual_seed(_SEED)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=_RATE, weight_decay=0.01)
+    network.encoder.embeddings.requires_grad_(False)
+    learned = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=_RATE, weight_decay=0.01)
     steps = _EPOCHS * math.ceil(len(rows) / _BATCH)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
     network.train()
     for epoch in range(_EPOCHS):
         total = 0.0
-        for chosen in torch.randperm(len(rows), generator=generator).split(_BATCH):
+        for chosen in _grouped([len(row) for row in rows], generator):
             length = max(len(rows[i]) for i in chosen)
             ids = torch.tensor([rows[i] + [0] * (length - len(rows[i])) for i in chosen])
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                logits = network(ids, (ids != 0).long())  # 0 is the padding token
-            loss = torch.nn.functional.cross_entropy(logits.float(), labels[chosen])
+            loss = torch.nn.functional.cross_entropy(network(ids, (ids != 0).long()), labels[chosen])  # 0 is the padding token
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(learned, 1.0)
             optimizer.step()
             schedule.step()
             total += float(loss.detach()) * len(chosen)
         print(f"minilm: epoch {epoch + 1} of {_EPOCHS}, loss {total / len(rows):.4f}", file=sys.stderr, flush=True)
+
+
+def _grouped(lengths: Sequence[int], generator: Any, *, together: int = 25) -> Iterator[Any]:
+    """Random batches of numbers of rows: each comes from a random few hundred rows, sorted by length, so that little is padded."""
+    torch = need("torch")
+    sizes = torch.tensor(lengths)
+    batches: list[Any] = []
+    for some in torch.randperm(len(lengths), generator=generator).split(together * _BATCH):
+        batches += some[sizes[some].argsort(stable=True)].split(_BATCH)
+    for i in torch.randperm(len(batches), generator=generator):
+        yield batches[i]
 
 
 def _build_smollm2(path: Path) -> None:
