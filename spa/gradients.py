@@ -75,7 +75,8 @@ def weight_saliency(
     Raises
     ------
     UnsupportedModel
-        If the graph does not run in torch, or nothing of the loss depends on the weights.
+        If the graph does not run in torch, if nothing of the loss depends on the weights, or if all gradients vanish
+        (of "synflow", those of half of the tensors, as with bounded activations such as ReLU6).
     BadOption
         If a method, loss or labels entry does not exist, or torch is missing.
     """
@@ -91,11 +92,11 @@ def weight_saliency(
     if method == "fisher":
         samples = [s for batch in batches for s in _samples(graph, batch)][:most]
         squares = _mean((_squares(_gradient(network, goal, s)) for s in samples), len(samples))
-        return _result(network, {n: network.parameters[n].detach() * g for n, g in squares.items()})
+        return _alive(network, _result(network, {n: network.parameters[n].detach() * g for n, g in squares.items()}))
     gradient = _mean((_gradient(network, goal, batch) for batch in batches), len(batches))
     if method in ("grasp", "crop"):
         gradient = _mean((_curved(network, goal, batch, gradient) for batch in batches), len(batches))
-    return _result(network, gradient)
+    return _alive(network, _result(network, gradient))
 
 
 def activation_saliency(
@@ -217,6 +218,19 @@ def _result(network: TorchGraph, gradient: Mapping[str, Tensor]) -> Saliency:
     return found
 
 
+def _alive(
+    network: TorchGraph, found: Saliency, most: float = 1.0, why: str = "the loss is flat where the predictions are certain"
+) -> Saliency:
+    """The saliency; refused if so many of the tensors that hold something have none that it would only break ties."""
+    holding = [n for n, w in network.parameters.items() if w.numel() > 1 and bool((w != 0).any())]
+    dead = sum(not found[n].any() for n in holding)
+    if holding and dead >= most * len(holding):
+        raise UnsupportedModel(
+            f"The gradients of {dead} of {len(holding)} tensors are zero, since {why}: give other inputs or labels, or {WAY_OUT}."
+        )
+    return found
+
+
 def _synflow(graph: gs.Graph, batch: Feeds) -> Saliency:
     """In double precision, since products of sums over all paths leave float32's range; then scaled into it if need be."""
     network = TorchGraph(graph, dtype=torch.float64)
@@ -230,7 +244,7 @@ def _synflow(graph: gs.Graph, batch: Feeds) -> Saliency:
     largest = max((float(p.abs().nan_to_num().max()) for p in products), default=0.0)
     if largest > float(np.finfo(np.float32).max):
         gradient = {n: g / largest for n, g in gradient.items()}
-    return _result(network, gradient)
+    return _alive(network, _result(network, gradient), 0.5, "SynFlow's positive weights drive its activations into saturation")
 
 
 # ------------------------------------------------------------------ batches and samples

@@ -117,9 +117,10 @@ class TorchGraph:
             for tensor, value in zip(node.outputs, self._visit(node, values), strict=False):
                 if tensor.name and value is not None:
                     values[tensor.name] = value
-            for name in [t.name for t in node.inputs if t.name] + [t.name for t in node.outputs if t.name]:
-                readers[name] = readers.get(name, 0) - (name not in {t.name for t in node.outputs})
-                if readers[name] <= 0 and name not in keep:
+            for tensor in node.inputs:
+                readers[tensor.name] = readers.get(tensor.name, 0) - 1
+            for name in [t.name for t in (*node.inputs, *node.outputs) if t.name]:
+                if readers.get(name, 0) <= 0 and name not in keep:
                     values.pop(name, None)
 
     def _visit(self, node: gs.Node, values: Values) -> Sequence[Tensor | None]:

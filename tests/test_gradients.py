@@ -245,3 +245,22 @@ def test_what_is_refused() -> None:
     model.graph.initializer.append(root)
     with pytest.raises(UnsupportedModel, match="'w' holds NaN or infinity"):
         weight_saliency(store.load(model).graph, batches(), "taylor")
+
+
+def test_saliencies_that_are_all_zero_are_refused() -> None:
+    certain = store.load(net("float[n,5] x -> float[n,3] y", "y = Gemm(x, w, b)", w=W * 1e6, b=B)).graph
+    with pytest.raises(UnsupportedModel, match="of 2 of 2 tensors are zero, since the loss is flat"):
+        weight_saliency(certain, batches(labels=False), "taylor")
+    body = "a = MatMul(x, w) h = Clip(a, zero, six) y = MatMul(h, v)"
+    weights = {"w": W * 1000, "v": np.ones((3, 2), np.float32), "zero": np.float32(0), "six": np.float32(6)}
+    with pytest.raises(UnsupportedModel, match="of 1 of 2 tensors are zero, since SynFlow's positive weights"):
+        weight_saliency(store.load(net("float[n,5] x -> float[n,2] y", body, **weights)).graph, batches(), "synflow")
+
+
+def test_activations_whose_first_axis_is_not_of_samples() -> None:
+    body = "a = Mul(x, u) t = Transpose(a) b = Transpose(t) y = Gemm(b, w, c)"
+    model = net("float[n,5] x -> float[n,3] y", body, w=W, c=B, u=np.ones(5, np.float32))
+    found = activation_saliency(store.load(model).graph, batches(2)[:1], [("t", 0), ("t", 1)])
+    terms = (X * (entropy_gradient() @ W.T))[:2]  # (n, 5)
+    assert found["t", 1] == pytest.approx(np.abs(terms).mean(1), abs=1e-6)  # each of the five counts as a sample
+    assert found["t", 0] == pytest.approx(np.abs(terms.sum(0)), abs=1e-6)  # the batch is one sample
