@@ -70,7 +70,7 @@ def unlike(case: Any) -> str:
     return ""
 
 
-@pytest.mark.parametrize("expanded, least", [(False, 850), pytest.param(True, 400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("expanded, least", [(False, 850), pytest.param(True, 350, marks=pytest.mark.slow)])
 def test_node_cases(expanded: bool, least: int) -> None:
     """All in one test, since collecting them takes as long as running them; expanded ones spell an operator out in others."""
     wrong, counted = [], 0
