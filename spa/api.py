@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,25 +13,28 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from spa import check as checking
+from spa import criteria
 from spa.align import block_of
 from spa.check import Check
 from spa.choose import Options, choose
 from spa.count import Counts, count
-from spa.errors import CheckFailed, NothingToPrune, SpaError, UnsupportedModel
-from spa.feeds import Feeds, draw, shapes_to_try
-from spa.groups import Groups, Kept, find_groups
-from spa.masking import masked
+from spa.errors import BadOption, CheckFailed, NothingToPrune, SpaError
+from spa.evidence import Evidence, gather, transplanted
+from spa.feeds import Feeds
+from spa.groups import Groups, find_groups
 from spa.normalize import Normal, normalize
 from spa.plan import Plan, check_belongs, load_plan, make_plan, mask_of
+from spa.prove import check_shapes, failure, prove, runnable
+from spa.refine import refined
+from spa.repair import Repaired, RepairOptions, repair
 from spa.rewrite import CannotRestate, rewrite
 from spa.score import score
-from spa.shapes import infer
+from spa.stages import Stage, collector_paused, quiet
 from spa.store import Model, load, save, to_proto, with_graph
-from spa.trace import Traced, trace
-from spa.widen import widen
+from spa.trace import trace
+from spa.views import Data
 
 Source: TypeAlias = str | os.PathLike[str] | bytes | ModelProto | Model
-Stage: TypeAlias = Callable[[str], Any]
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,10 @@ class Analysis:
 
 @dataclass(frozen=True)
 class Result:
-    """A pruned model: the plan, the counts before and after, and the proof (None if it was not asked for)."""
+    """A pruned model: the plan, the counts before and after, and the proof (None if it was not asked for).
+
+    repaired: what repair did, None without one; it holds the repaired weights before the deletion.
+    """
 
     model: Model
     plan: Plan
@@ -56,31 +60,29 @@ class Result:
     before: Counts
     after: Counts
     check: Check | None
+    repaired: Repaired | None = None
 
     def save(self, path: str | os.PathLike[str], *, plan: str | os.PathLike[str] | None = None) -> None:
         """Writes the model, and the plan if a path is given; whole or not at all."""
         save(self.model, path, beside=[] if plan is None else [(Path(plan), [self.plan.to_json().encode()])])
 
+    def save_repaired(self, path: str | os.PathLike[str], *, plan: str | os.PathLike[str] | None = None) -> None:
+        """Writes the model with repaired weights but nothing removed yet, and a plan that removes the same from it.
+
+        Raises BadOption if nothing was repaired.
+        """
+        if self.repaired is None:
+            raise BadOption("Nothing was repaired, so there is no repaired model to write: ask for a repair with --repair obspa.")
+        save(self.analysis.normal.model, path)
+        if plan is not None:
+            again = analyze(path, **{**self.analysis.settings, "inputs": self.analysis.settings.get("inputs") or None})
+            gone = mask_of(self.plan, again.groups)
+            options, notes, copies = self.plan.options, self.plan.notes, again.normal.copies
+            make_plan(again.given, again.groups, gone, copies=copies, options=options, trace=again.settings, notes=notes).save(Path(plan))
+
     def to_proto(self) -> ModelProto:
         """The pruned model as a ModelProto."""
         return to_proto(self.model)
-
-
-@contextmanager
-def _quiet(_: str) -> Iterator[None]:
-    yield
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """No garbage collection meanwhile: graphs are many small objects that all stay, which the collector would visit over and over."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def opened(model: Source) -> Model:
@@ -88,14 +90,14 @@ def opened(model: Source) -> Model:
     return model if isinstance(model, Model) else load(model)
 
 
-@_collector_paused()
+@collector_paused()
 def analyze(
     model: Source,
     *,
     inputs: Mapping[str, Sequence[int]] | None = None,
     protect_outputs: bool = True,
     stat: bool = True,
-    stage: Stage = _quiet,
+    stage: Stage = quiet,
 ) -> Analysis:
     """Loads, normalises, traces and groups. `inputs` fixes the shape of inputs, `stage` is told what goes on."""
     with stage("reading"):
@@ -109,7 +111,7 @@ def analyze(
     return Analysis(given, normal, groups, settings)
 
 
-@_collector_paused()
+@collector_paused()
 def plan(
     model: Source | Analysis,
     ratio: float = 0.5,
@@ -125,27 +127,46 @@ def plan(
     stat: bool = True,
     inputs: Mapping[str, Sequence[int]] | None = None,
     seed: int = 0,
-    stage: Stage = _quiet,
+    calibration: Any = None,
+    aggregate: str | None = None,
+    normalize: str = "mean",
+    swaps: int = 0,
+    loss: str = "auto",
+    stage: Stage = quiet,
 ) -> Plan:
     """Decides what goes.
 
     ratio: share of the channels of each group that goes, between 0 and 1. criterion: a name of the registry. scope: local,
     global or isomorphic. multiple_of: widths are rounded to it; "auto" is what ONNX Runtime's CPU kernels like.
     include, exclude: globs or /regexes/ on the names of groups, nodes and values. ratios: pattern -> ratio of its own.
-    stat: whether axes that a normalisation runs over may shrink. Raises SpaError; NothingToPrune if nothing would go.
+    stat: whether axes that a normalisation runs over may shrink. calibration: data for criteria that look at any: a `Calibration`, an
+    `Evidence` or what `spa.calibration` takes. aggregate, normalize: how scores of a group's layers are put together, and made comparable
+    between groups. swaps: rounds of exchanging removed for kept channels while the error after repair falls. loss: for gradients.
+    Raises SpaError; NothingToPrune if nothing would go.
     """
-    options = Options(ratio, scope, multiple_of, keep_at_least, tuple(include), tuple(exclude), dict(ratios or {}))
+    options = Options(ratio, scope, multiple_of, keep_at_least, tuple(include), tuple(exclude), dict(ratios or {}), normalize)
+    needs = criteria.get(criterion).needs
     analysis = (
         model if isinstance(model, Analysis) else analyze(model, inputs=inputs, protect_outputs=protect_outputs, stat=stat, stage=stage)
     )
     groups = analysis.groups
+    evidence = evidence_for(analysis, calibration, seed=seed, stage=stage) if needs or swaps else None
+    if evidence is None and swaps:
+        raise BadOption("--swaps compares errors on data: give some with --calibration (none draws noise).")
+    data = None if evidence is None else Data(evidence.model, evidence.batches, loss, evidence.labels)
+    relative = normalize == "energy"
     with stage("scoring"):
-        scores = score(analysis.normal.model.graph, groups, criterion, seed=seed)
+        scores = score(analysis.normal.model.graph, groups, criterion, seed=seed, data=data, aggregate=aggregate, relative=relative)
     block = block_of("cpu")
     with stage("choosing"):
         choice = choose(groups, scores, options, block=block)
     if not choice.gone.any():
         raise NothingToPrune(why_nothing(groups, choice.notes))
+    notes = {**dict.fromkeys(scores.instead, f"was scored by l2: no layer sums over it, so {criterion} says nothing of it"), **choice.notes}
+    gone = choice.gone
+    if swaps and data is not None:
+        with stage("exchanging"):
+            gone = refined(analysis.normal.model.graph, groups, gone, data, rounds=swaps, seed=seed)
     chosen = {
         "ratio": ratio,
         "criterion": criterion,
@@ -158,9 +179,18 @@ def plan(
         "ratios": dict(ratios or {}),
         "seed": seed,
     }
-    return make_plan(
-        analysis.given, groups, choice.gone, copies=analysis.normal.copies, options=chosen, trace=analysis.settings, notes=choice.notes
-    )
+    if evidence is not None:
+        chosen |= {"calibration": evidence.name, "samples": evidence.samples}
+        chosen |= {"aggregate": aggregate, "normalize": normalize, "swaps": swaps}
+    return make_plan(analysis.given, groups, gone, copies=analysis.normal.copies, options=chosen, trace=analysis.settings, notes=notes)
+
+
+def evidence_for(analysis: Analysis, calibration: Any, *, seed: int = 0, stage: Stage = quiet) -> Evidence | None:
+    """Calibration data as they are used: a `Calibration` or its source is read, an `Evidence` taken as it is; None stays None."""
+    if calibration is None or isinstance(calibration, Evidence):
+        return calibration
+    with stage("reading calibration data"):
+        return gather(analysis.normal.model, analysis.groups, calibration, seed=seed)
 
 
 def why_nothing(groups: Groups, notes: Mapping[str, str]) -> str:
@@ -175,7 +205,15 @@ def why_nothing(groups: Groups, notes: Mapping[str, str]) -> str:
     return f"Nothing to prune: all {len(frozen)} groups are frozen, the most costly one because {frozen[0].frozen}."
 
 
-@_collector_paused()
+def analyzed_for(model: Source, plan: Plan, *, other_weights: bool = False, stage: Stage = quiet) -> Analysis:
+    """Analyses a model as it was when the plan was made. Raises BadPlan for a plan of another model."""
+    given = opened(model)
+    check_belongs(plan, given, other_weights=other_weights)
+    stat, protect = bool(plan.trace.get("stat", True)), bool(plan.trace.get("protect_outputs", True))
+    return analyze(given, inputs=plan.trace.get("inputs"), protect_outputs=protect, stat=stat, stage=stage)
+
+
+@collector_paused()
 def apply(
     model: Source | Analysis,
     plan: Plan | str | os.PathLike[str] | Mapping[str, Any],
@@ -185,29 +223,22 @@ def apply(
     seed: int = 0,
     feeds: Feeds | None = None,
     tolerance: float = checking.TOLERANCE,
-    stage: Stage = _quiet,
+    repair: str | RepairOptions = "none",
+    calibration: Any = None,
+    stage: Stage = quiet,
 ) -> Result:
     """Removes what a plan says, and proves that nothing else changed.
 
-    other_weights: accept a model of the same graph. check: run the proof. feeds: its inputs, drawn if None.
+    other_weights: accept a model of the same graph. check: run the proof. feeds: its inputs, drawn if None. repair: "none", "bias",
+    "affine", "obspa" or `RepairOptions`, with the data in `calibration`: kept weights take over what the removed ones did.
     Raises BadPlan for a plan of another model, CheckFailed if removing and masking differ.
     """
     decided = load_plan(plan if isinstance(plan, Plan | Mapping) else Path(plan))
-    if isinstance(model, Analysis):
-        analysis = model
-    else:
-        given = opened(model)
-        check_belongs(decided, given, other_weights=other_weights)
-        settings = decided.trace
-        analysis = analyze(
-            given,
-            inputs=settings.get("inputs"),
-            protect_outputs=bool(settings.get("protect_outputs", True)),
-            stat=bool(settings.get("stat", True)),
-            stage=stage,
-        )
+    analysis = model if isinstance(model, Analysis) else analyzed_for(model, decided, other_weights=other_weights, stage=stage)
+    gone = mask_of(decided, analysis.groups)
+    before, after = count(analysis.groups), count(analysis.groups, gone)
+    analysis, gone, repaired = _repaired(analysis, gone, repair, calibration, seed, stage)
     groups = analysis.groups
-    gone = mask_of(decided, groups)
     with stage("rewriting"):
         try:
             graph = rewrite(analysis.normal.model.graph, groups, gone, analysis.normal.copies)
@@ -217,106 +248,33 @@ def apply(
         small = with_graph(analysis.normal.model, graph)
     proof = None
     if check:
-        proof = prove(analysis, gone, small, feeds=feeds, seed=seed, tolerance=tolerance, stage=stage)
+        proof = prove(analysis.normal.model, groups, gone, small, feeds=feeds, seed=seed, tolerance=tolerance, stage=stage)
         if not proof.passed:
-            raise CheckFailed(_failure(proof))
+            raise CheckFailed(failure(proof))
     else:
-        _check_shapes(analysis, gone, small)
-    return Result(small, decided, analysis, count(groups), count(groups, gone), proof)
+        check_shapes(groups, gone, small)
+    return Result(small, decided, analysis, before, after, proof, repaired)
 
 
-def prove(
-    analysis: Analysis,
-    gone: NDArray[np.bool_],
-    small: Model,
-    *,
-    feeds: Feeds | None = None,
-    seed: int = 0,
-    tolerance: float = checking.TOLERANCE,
-    stage: Stage = _quiet,
-) -> Check:
-    """Runs the masked original and the pruned model on the same inputs, in float32, and compares all outputs."""
-    groups = analysis.groups
-    normal = analysis.normal.model
-    with stage("proving"):
-        reference = with_graph(normal, masked(normal.graph, groups, gone))
-        given = runnable(normal, groups.traced, seed=seed) if feeds is None else feeds
-        kept = {
-            t.name: {
-                a: np.flatnonzero(k)
-                for a in range(len(groups.traced.facts.shapes.get(t.name) or ()))
-                if (k := groups.keep((t.name, a), gone)) is not None
-            }
-            for t in normal.graph.outputs
-        }
-        wide_reference, wide_given = widen(reference, given)
-        wide_small, _ = widen(small, given)
-        if wide_small is not small:
-            _must_load(small, normal)
-        return checking.compare(wide_reference, wide_small, wide_given, kept=kept, tolerance=tolerance)
+def _repaired(
+    analysis: Analysis, gone: NDArray[np.bool_], how: str | RepairOptions, calibration: Any, seed: int, stage: Stage
+) -> tuple[Analysis, NDArray[np.bool_], Repaired | None]:
+    """The analysis with repaired weights, and the removal in its groups; as they were if no repair is wanted."""
+    options = how if isinstance(how, RepairOptions) else RepairOptions(how)
+    if options.method == "none":
+        return analysis, gone, None
+    evidence = evidence_for(analysis, calibration, seed=seed, stage=stage)
+    if evidence is None:
+        raise BadOption(f"--repair {options.method} fits layers to data: give some with --calibration (none draws noise).")
+    with stage("repairing"):
+        found = repair(evidence.model, analysis.groups, gone, evidence.batches, options, seed=seed)
+        found = replace(found, model=transplanted(found.model, evidence.model, analysis.normal.model, analysis.groups))
+    copies = {c: o for c, o in analysis.normal.copies.items() if not {c, o} & found.changed}
+    normal = Normal(found.model, found.groups.traced.facts, copies)
+    return replace(analysis, normal=normal, groups=found.groups), found.gone, found
 
 
-def _must_load(small: Model, original: Model) -> None:
-    """The pruned model loads in its own type, unless the runtime lacks kernels for the original too (bfloat16)."""
-    try:
-        checking.session(small, lean=True)
-    except UnsupportedModel:
-        try:
-            checking.session(original, lean=True)
-        except UnsupportedModel:
-            return
-        raise
-
-
-def runnable(model: Model, traced: Traced, *, seed: int = 0) -> Feeds:
-    """Drawn inputs that the model runs with on ONNX Runtime. Raises UnsupportedModel that asks for `--input` if none are found."""
-    try:
-        opened = checking.session(model, lean=True)
-    except UnsupportedModel:
-        opened = checking.session(widen(model, {})[0], lean=True)  # no kernels for this type: the proof runs in float32 anyway
-    first: UnsupportedModel | None = None
-    wide = {i.name: np.float32 for i in opened.get_inputs() if i.type == "tensor(float)"}
-    for shapes in shapes_to_try(traced):
-        feeds = draw(traced, seed=seed, shapes=shapes)
-        try:
-            checking.run_session(opened, {n: v.astype(wide[n]) if n in wide else v for n, v in feeds.items()})
-            return feeds
-        except UnsupportedModel as error:
-            first = first or error
-    assert first is not None
-    tried = " ".join(f"--input {t.name}:{'x'.join(map(str, traced.facts.shapes.get(t.name) or ()))}" for t in traced.graph.inputs)
-    raise UnsupportedModel(f"{first} (with {tried}: give sizes that fit with --input, inputs with --feeds, or --no-check)") from first
-
-
-def _check_shapes(analysis: Analysis, gone: NDArray[np.bool_], small: Model) -> None:
-    """Without the proof: shape inference of the pruned graph must give what is left of every shape. Raises CheckFailed."""
-    groups, facts = analysis.groups, analysis.groups.traced.facts
-    kept = Kept(groups, gone)
-    found = infer(small.graph, facts.feeds)
-    for tensor in groups.traced.graph.outputs:
-        shape = facts.shapes.get(tensor.name)
-        if shape is None:
-            continue
-        left = kept.shape(tensor.name)
-        if found.shapes.get(tensor.name) != left:
-            raise CheckFailed(
-                f"Output {tensor.name!r} of the pruned graph would have shape {found.shapes.get(tensor.name)} instead of {left}."
-            )
-    broken = sorted(set(found.unknown) - set(facts.unknown))
-    if broken:
-        raise CheckFailed(
-            f"The pruned graph breaks at {broken[0]!r}: {found.unknown[broken[0]]}. This is a defect of spa, please report it."
-        )
-
-
-def _failure(proof: Check) -> str:
-    worst = max(proof.differences, key=lambda d: d.relative)
-    return (
-        f"Removing and masking differ: output {worst.output!r} by {worst.relative:.1e} of its scale, where {proof.tolerance:.0e} is "
-        f"allowed; nothing was written. This is a defect of spa, please report it (--tolerance {worst.relative * 1.1:.1e} would pass)."
-    )
-
-
+@collector_paused()
 def prune(
     model: Source,
     ratio: float = 0.5,
@@ -335,7 +293,13 @@ def prune(
     check: bool = True,
     feeds: Feeds | None = None,
     tolerance: float = checking.TOLERANCE,
-    stage: Stage = _quiet,
+    calibration: Any = None,
+    repair: str | RepairOptions = "none",
+    aggregate: str | None = None,
+    normalize: str = "mean",
+    swaps: int = 0,
+    loss: str = "auto",
+    stage: Stage = quiet,
 ) -> Result:
     """Plans and applies; see `plan` and `apply` for the options.
 
@@ -343,6 +307,7 @@ def prune(
     >>> result.save("small.onnx", plan="small.plan.json")
     """
     analysis = analyze(model, inputs=inputs, protect_outputs=protect_outputs, stat=stat, stage=stage)
+    evidence = evidence_for(analysis, calibration, seed=seed, stage=stage)
     decided = plan(
         analysis,
         ratio,
@@ -354,9 +319,16 @@ def prune(
         exclude=exclude,
         ratios=ratios,
         seed=seed,
+        calibration=evidence,
+        aggregate=aggregate,
+        normalize=normalize,
+        swaps=swaps,
+        loss=loss,
         stage=stage,
     )
-    return apply(analysis, decided, check=check, seed=seed, feeds=feeds, tolerance=tolerance, stage=stage)
+    return apply(
+        analysis, decided, check=check, seed=seed, feeds=feeds, tolerance=tolerance, repair=repair, calibration=evidence, stage=stage
+    )
 
 
-__all__ = ["Analysis", "Result", "analyze", "apply", "plan", "prune", "runnable"]
+__all__ = ["Analysis", "Result", "analyze", "apply", "evidence_for", "plan", "prove", "prune", "runnable"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import networkx as nx
@@ -19,6 +19,14 @@ from spa.signatures.table import dims_of
 from spa.trace import node_name
 
 SCOPES = ("local", "global", "isomorphic")
+NORMALIZATIONS: Mapping[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
+    "none": lambda scores: scores,
+    "sum": lambda scores: scores / (scores.sum() or 1.0),
+    "mean": lambda scores: scores / (scores.mean() or 1.0),
+    "max": lambda scores: scores / (scores.max() or 1.0),
+    "standardize": lambda scores: (scores - scores.mean()) / (scores.std() or 1.0),
+    "energy": lambda scores: scores,  # scores come as errors over the energy of outputs
+}
 MANY = 14  # groups of a family of which every choice is tried
 MISS = 0.05  # a factor of a product that gets this much closer to the ratio is preferred to one with more coordinates
 SLACK = 1 / 6  # of a group's size: how far rounding to a block may lead away from what was asked for
@@ -26,7 +34,10 @@ SLACK = 1 / 6  # of a group's size: how far rounding to a block may lead away fr
 
 @dataclass(frozen=True)
 class Options:
-    """What to remove. `ratios` gives groups (globs or /regexes/ on names) a ratio of their own."""
+    """What to remove. `ratios` gives groups (globs or /regexes/ on names) a ratio of their own.
+
+    normalize: how scores of different groups are made comparable where groups compete (scope global or isomorphic).
+    """
 
     ratio: float = 0.5
     scope: str = "local"
@@ -35,6 +46,7 @@ class Options:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     ratios: Mapping[str, float] = field(default_factory=dict)
+    normalize: str = "mean"
 
     def __post_init__(self) -> None:
         for name, ratio in {"--ratio": self.ratio, **{f"the ratio of {k!r}": v for k, v in self.ratios.items()}}.items():
@@ -43,6 +55,8 @@ class Options:
                 raise BadOption(f"{name} is {ratio}, but must lie between 0 and 1, both excluded: 0.5 removes half of the channels.")
         if self.scope not in SCOPES:
             raise BadOption(f"--scope is {self.scope!r}; the choice is: {', '.join(SCOPES)}.")
+        if self.normalize not in NORMALIZATIONS:
+            raise BadOption(f"--normalize is {self.normalize!r}; the choice is: {', '.join(NORMALIZATIONS)}.")
         if self.multiple_of != "auto" and (not isinstance(self.multiple_of, int) or self.multiple_of < 1):
             raise BadOption(f"--multiple-of is {self.multiple_of!r}, but must be 'auto' or a whole number from 1 on.")
         if self.keep_at_least < 1:
@@ -60,7 +74,7 @@ class Choice:
 def choose(groups: Groups, scores: Scores, options: Options, *, block: int = 16) -> Choice:
     """Removes the lowest scores. `block` is what `multiple_of="auto"` stands for on the provider.
 
-    local: the same ratio in every group. global: one threshold on scores divided by their group's mean.
+    local: the same ratio in every group. global: one threshold on scores that were normalised in their group.
     isomorphic: one threshold among groups of the same structure (Fang et al. 2024, arXiv 2407.04616).
     """
     notes: dict[str, str] = {}
@@ -273,7 +287,7 @@ def _quota(groups: Groups, chosen: Sequence[Group], scores: Scores, wanted: Mapp
         parts = []
         for group in pool:
             found = scores.values[group.coordinates]
-            parts.append(found / (found.mean() or 1.0))
+            parts.append(NORMALIZATIONS[options.normalize](found))
         every = np.sort(np.concatenate(parts))
         count = int(wanted[pool[0].index] * len(every) + 1e-6)
         threshold = every[count - 1] if count else -np.inf

@@ -21,17 +21,20 @@ import spa
 from spa import api, criteria, report
 from spa import cli_options as given
 from spa.bench import Race, race
+from spa.calibration import calibration as open_calibration
 from spa.check import TOLERANCE
 from spa.choose import Options, matches
 from spa.cli_options import Guarded, Terminal
 from spa.count import count
 from spa.errors import BadOption, UnsupportedModel
+from spa.evidence import Evidence
 from spa.explain import Cause, dependency_graph, dot_text, explain, frozen_causes, near, path, printable_graph, sites_of
 from spa.feeds import Feeds, one_sample
 from spa.files import replace_all
 from spa.groups import Group, Groups
 from spa.normalize import normalize
 from spa.plan import check_belongs, load_plan, mask_of
+from spa.repair import DAMPING
 from spa.store import Model, load
 from spa.trace import trace
 
@@ -123,15 +126,18 @@ def plan(
     model: given.ModelFile, output: given.PlanOut, ratio: given.Ratio = 0.5, scope: given.Scope = "local",
     criterion: given.Criterion = "l2", multiple_of: given.MultipleOf = "auto", keep_at_least: given.KeepAtLeast = 1,
     include: given.Include = None, exclude: given.Exclude = None, ratios: given.Ratios = None, protect_outputs: given.Protect = True,
-    no_stat: given.NoStat = False, seed: given.Seed = 0, inputs: given.Inputs = None, as_json: given.Json = False,
-    verbose: given.Verbose = False,
+    no_stat: given.NoStat = False, seed: given.Seed = 0, inputs: given.Inputs = None, calibration: given.Source = None,
+    preprocess: given.Preprocess = None, tokenizer: given.Tokenizer = None, samples: given.Samples = 256, batch: given.Batch = 32,
+    length: given.Length = None, labels: given.Labels = None, aggregate: given.Aggregate = None, normalize: given.Normalize = "mean",
+    swaps: given.Swaps = 0, loss: given.Loss = "auto", as_json: given.Json = False, verbose: given.Verbose = False,
 ) -> int:
     """Decide what goes, and write it down without touching the model."""
     term = Terminal(as_json, verbose)
     given.check_outputs({"--output": output}, [model, ratios])
-    options = _options(ratio, scope, criterion, multiple_of, keep_at_least, include, exclude, ratios)
+    options = _options(ratio, scope, criterion, multiple_of, keep_at_least, include, exclude, ratios, normalize)
     analysis = _analysis(term, model, inputs, protect_outputs, not no_stat, outputs={"--output": output})
-    decided = _decided(term, analysis, options, criterion, seed)
+    evidence = _evidence(term, analysis, calibration, preprocess, tokenizer, samples, batch, length, labels, seed)
+    decided = _decided(term, analysis, options, criterion, seed, evidence, aggregate, swaps, loss)
     decided.save(output)
     groups = analysis.groups
     before, after = count(groups), count(groups, mask_of(decided, groups))
@@ -146,18 +152,27 @@ def plan(
 def apply(
     model: given.ModelFile, plan_file: given.PlanFile, output: given.Out, other_weights: given.OtherWeights = False,
     no_check: given.NoCheck = False, tolerance: given.Tolerance = TOLERANCE, seed: given.Seed = 0, feeds: given.FeedsFile = None,
+    calibration: given.Source = None, preprocess: given.Preprocess = None, tokenizer: given.Tokenizer = None,
+    samples: given.Samples = 256, batch: given.Batch = 32, length: given.Length = None, labels: given.Labels = None,
+    repair: given.Repair = None, damping: given.Damping = DAMPING, repair_inputs: given.RepairInputs = "pruned",
+    repair_target: given.RepairTarget = "dense", no_norms: given.NoNorms = False, repaired_out: given.RepairedOut = None,
     as_json: given.Json = False, verbose: given.Verbose = False,
 ) -> int:
     """Remove what a plan says, prove that nothing else changed, and write the pruned model."""
     term = Terminal(as_json, verbose)
-    given.check_outputs({"--output": output}, [model, plan_file, feeds])
+    mending = given.repair_options(repair, calibration, damping, repair_inputs, repair_target, no_norms)
+    written = _written(output, None, repaired_out)
+    given.check_outputs(written, [model, plan_file, feeds])
     given.check_tolerance(tolerance)
     decided = load_plan(plan_file)
-    opened = _opened(term, model, {"--output": output})
-    result = api.apply(opened, decided, other_weights=other_weights, check=not no_check, seed=seed, tolerance=tolerance,
-                       feeds=given.read_feeds(feeds, opened), stage=term.stage)
+    opened = _opened(term, model, written)
+    analysis = api.analyzed_for(opened, decided, other_weights=other_weights, stage=term.stage)
+    evidence = _evidence(term, analysis, calibration, preprocess, tokenizer, samples, batch, length, labels, seed)
+    result = api.apply(analysis, decided, check=not no_check, seed=seed, tolerance=tolerance, feeds=given.read_feeds(feeds, opened),
+                       repair=mending, calibration=evidence, stage=term.stage)
     with term.stage("writing"):
         result.save(output)
+        _save_repaired(result, repaired_out)
     sizes = opened.nbytes, load(output).nbytes
     data = {"model": str(model), "plan": str(plan_file), "output": str(output), **_result(result, sizes, None)}
     term.show(data, *_tables(result, sizes, None), Text(f"wrote {report.printable(str(output))}"))
@@ -173,23 +188,32 @@ def prune(
     keep_at_least: given.KeepAtLeast = 1, include: given.Include = None, exclude: given.Exclude = None, ratios: given.Ratios = None,
     protect_outputs: given.Protect = True, no_stat: given.NoStat = False, seed: given.Seed = 0, no_check: given.NoCheck = False,
     tolerance: given.Tolerance = TOLERANCE, inputs: given.Inputs = None, feeds: given.FeedsFile = None, no_bench: given.NoBench = False,
-    threads: given.Threads = 0, as_json: given.Json = False, verbose: given.Verbose = False,
+    threads: given.Threads = 0, calibration: given.Source = None, preprocess: given.Preprocess = None,
+    tokenizer: given.Tokenizer = None, samples: given.Samples = 256, batch: given.Batch = 32, length: given.Length = None,
+    labels: given.Labels = None, aggregate: given.Aggregate = None, normalize: given.Normalize = "mean", swaps: given.Swaps = 0,
+    loss: given.Loss = "auto", repair: given.Repair = None, damping: given.Damping = DAMPING,
+    repair_inputs: given.RepairInputs = "pruned", repair_target: given.RepairTarget = "dense", no_norms: given.NoNorms = False,
+    repaired_out: given.RepairedOut = None, as_json: given.Json = False, verbose: given.Verbose = False,
 ) -> int:
-    """Plan, remove, prove, time, and write the pruned model and its plan."""
+    """Plan, remove, repair, prove, time, and write the pruned model and its plan."""
     term = Terminal(as_json, verbose)
-    written = {"--output": output, "--plan-out": given.plan_name(output) if plan_out is None else plan_out}
+    mending = given.repair_options(repair, calibration, damping, repair_inputs, repair_target, no_norms)
+    written = _written(output, given.plan_name(output) if plan_out is None else plan_out, repaired_out)
     given.check_outputs(written, [model, ratios, feeds])
     given.check_tolerance(tolerance)
-    options = _options(ratio, scope, criterion, multiple_of, keep_at_least, include, exclude, ratios)
+    options = _options(ratio, scope, criterion, multiple_of, keep_at_least, include, exclude, ratios, normalize)
     opened = _opened(term, model, written)
     fed = given.read_feeds(feeds, opened)
     shapes = {**given.shapes_of(fed), **given.read_shapes(inputs or (), opened)}
     analysis = api.analyze(opened, inputs=shapes, protect_outputs=protect_outputs, stat=not no_stat, stage=term.stage)
-    decided = _decided(term, analysis, options, criterion, seed)
-    result = api.apply(analysis, decided, check=not no_check, seed=seed, feeds=fed, tolerance=tolerance, stage=term.stage)
+    evidence = _evidence(term, analysis, calibration, preprocess, tokenizer, samples, batch, length, labels, seed)
+    decided = _decided(term, analysis, options, criterion, seed, evidence, aggregate, swaps, loss)
+    result = api.apply(analysis, decided, check=not no_check, seed=seed, feeds=fed, tolerance=tolerance, repair=mending,
+                       calibration=evidence, stage=term.stage)
     timing = None if no_bench else _timing(term, result, fed, seed, threads)
     with term.stage("writing"):
         result.save(output, plan=written["--plan-out"])
+        _save_repaired(result, repaired_out)
     sizes = opened.nbytes, load(output).nbytes
     data = {"model": str(model), "plan": str(written["--plan-out"]), "output": str(output), **_result(result, sizes, timing)}
     names = " and ".join(report.printable(str(p)) for p in written.values())
@@ -199,12 +223,41 @@ def prune(
 
 def _options(
     ratio: float, scope: str, criterion: str, multiple_of: str, keep_at_least: int, include: list[str] | None,
-    exclude: list[str] | None, ratios: Path | None,
+    exclude: list[str] | None, ratios: Path | None, normalize: str,
 ) -> Options:
     """The options, checked before anything is read."""
     criteria.get(criterion)
     return Options(ratio, scope, given.multiple_of(multiple_of), keep_at_least, tuple(include or ()), tuple(exclude or ()),
-                   given.read_ratios(ratios))
+                   given.read_ratios(ratios), normalize)
+
+
+def _written(output: Path, plan_out: Path | None, repaired: Path | None) -> dict[str, Path]:
+    """Files that will be written, by option."""
+    found = {"--output": output}
+    if plan_out is not None:
+        found["--plan-out"] = plan_out
+    if repaired is not None:
+        found |= {"--repaired-out": repaired, "the plan of --repaired-out": given.plan_name(repaired)}
+    return found
+
+
+def _save_repaired(result: api.Result, path: Path | None) -> None:
+    if path is not None:
+        result.save_repaired(path, plan=given.plan_name(path))
+
+
+def _evidence(
+    term: Terminal, analysis: api.Analysis, source: str | None, preprocess: str | None, tokenizer: str | None, samples: int, batch: int,
+    length: int | None, labels: str | None, seed: int,
+) -> Evidence | None:
+    """The calibration data, read; None where none are asked for."""
+    if source is None:
+        return None
+    opened = open_calibration(source, analysis.groups.traced, samples=samples, batch=batch, preprocess=preprocess, tokenizer=tokenizer,
+                              length=length, seed=seed, labels=labels)
+    found = api.evidence_for(analysis, opened, seed=seed, stage=term.stage)
+    term.log(f"spa: calibration on {opened.name}")
+    return found
 
 
 def _opened(term: Terminal, model: Path, outputs: dict[str, Path | None] | dict[str, Path]) -> Model:
@@ -222,11 +275,14 @@ def _analysis(
     return api.analyze(opened, inputs=shapes, protect_outputs=protect_outputs, stat=stat, stage=term.stage)
 
 
-def _decided(term: Terminal, analysis: api.Analysis, options: Options, criterion: str, seed: int) -> spa.Plan:
+def _decided(
+    term: Terminal, analysis: api.Analysis, options: Options, criterion: str, seed: int, evidence: Evidence | None, aggregate: str | None,
+    swaps: int, loss: str,
+) -> spa.Plan:
     return api.plan(
         analysis, options.ratio, criterion=criterion, scope=options.scope, multiple_of=options.multiple_of,
         keep_at_least=options.keep_at_least, include=options.include, exclude=options.exclude, ratios=options.ratios, seed=seed,
-        stage=term.stage,
+        calibration=evidence, aggregate=aggregate, normalize=options.normalize, swaps=swaps, loss=loss, stage=term.stage,
     )
 
 
@@ -251,8 +307,12 @@ def _tables(result: api.Result, sizes: tuple[int, int], timing: Race | None) -> 
     groups = result.analysis.groups
     return [
         report.comparison(result.before, result.after, sizes=sizes, race=timing), report.pruned(result.plan, groups.by_name),
-        report.frozen(frozen_causes(groups), result.before), *_notes(result.plan), report.proof(result.check),
+        report.frozen(frozen_causes(groups), result.before), *_notes(result.plan), *_repair(result), report.proof(result.check),
     ]
+
+
+def _repair(result: api.Result) -> list[Any]:
+    return [] if result.repaired is None else [report.repair(result.repaired)]
 
 
 def _outcome(decided: spa.Plan, before: spa.Counts, after: spa.Counts, causes: Sequence[Cause]) -> dict[str, Any]:
@@ -264,7 +324,8 @@ def _outcome(decided: spa.Plan, before: spa.Counts, after: spa.Counts, causes: S
 def _result(result: api.Result, sizes: tuple[int, int], timing: Race | None) -> dict[str, Any]:
     data = _outcome(result.plan, result.before, result.after, frozen_causes(result.analysis.groups))
     data["before"]["file_bytes"], data["after"]["file_bytes"] = sizes
-    return {**data, "proof": report.check_data(result.check), "latency": report.race_data(timing)}
+    repaired = None if result.repaired is None else report.repair_data(result.repaired)
+    return {**data, "repair": repaired, "proof": report.check_data(result.check), "latency": report.race_data(timing)}
 
 
 # ---------------------------------------------------------------------- check, bench, version
@@ -288,7 +349,8 @@ def check(
     settings = decided.trace
     analysis = api.analyze(opened, inputs=settings.get("inputs"), protect_outputs=bool(settings.get("protect_outputs", True)),
                            stat=bool(settings.get("stat", True)), stage=term.stage)
-    proof = api.prove(analysis, mask_of(decided, analysis.groups), pruned, feeds=given.read_feeds(feeds, opened), seed=seed,
+    groups = analysis.groups
+    proof = api.prove(analysis.normal.model, groups, mask_of(decided, groups), pruned, feeds=given.read_feeds(feeds, opened), seed=seed,
                       tolerance=tolerance, stage=term.stage)
     with term.stage("comparing weights"):
         kept = given.kept_weights(opened, pruned, decided)

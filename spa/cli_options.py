@@ -37,6 +37,7 @@ from spa.errors import BadFile, BadOption, SpaError
 from spa.feeds import Feeds
 from spa.files import check_target
 from spa.plan import Plan
+from spa.repair import RepairOptions
 from spa.report import plain, printable
 from spa.store import Model
 from spa.trace import constant_values
@@ -56,7 +57,35 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log every stage 
 Ratio = Annotated[float, typer.Option("--ratio", "-r", help="Share of the channels that goes, between 0 and 1.")]
 Scope = Annotated[str, typer.Option(
     "--scope", metavar="SCOPE", help="local: same share each; global: one threshold; isomorphic: per shape.")]
-Criterion = Annotated[str, typer.Option("--criterion", metavar="NAME", help="What makes a channel worth keeping: l1, l2, random.")]
+Criterion = Annotated[str, typer.Option("--criterion", metavar="NAME", help="What makes a channel worth keeping: l2, obspa, taylor, …")]
+Aggregate = Annotated[str | None, typer.Option(
+    "--aggregate", metavar="WAY", help="How scores of a group's layers are joined: sum, mean, median, max, prod.", show_default=False)]
+Normalize = Annotated[str, typer.Option(
+    "--normalize", metavar="WAY", help="How groups compare: none, sum, mean, max, standardize, energy.")]
+Swaps = Annotated[int, typer.Option("--swaps", min=0, help="Rounds of exchanging removed for kept channels.")]
+Loss = Annotated[str, typer.Option("--loss", metavar="NAME", help="For gradients: auto, cross-entropy, entropy or module:function.")]
+Source = Annotated[str | None, typer.Option(
+    "--calibration", metavar="SOURCE", help="Data to look at: .npz, .npy, a folder, pictures, text, module:function; none: noise.",
+    show_default=False)]
+Preprocess = Annotated[str | None, typer.Option(
+    "--preprocess", metavar="HOW", help="For pictures: imagenet, cifar10, lite0, …, a file, or size=224,mean=0.5.",
+    show_default=False)]
+Tokenizer = Annotated[str | None, typer.Option(
+    "--tokenizer", metavar="PATH", help="For text: a tokenizer.json or a Hugging Face folder.", show_default=False)]
+Samples = Annotated[int, typer.Option("--samples", min=1, help="Most calibration samples.")]
+Batch = Annotated[int, typer.Option("--batch", min=1, help="Samples in a batch, where the model leaves that free.")]
+Length = Annotated[int | None, typer.Option("--length", min=1, help="Tokens in a row of text.", show_default=False)]
+Labels = Annotated[str | None, typer.Option(
+    "--labels", metavar="NAME", help="Entry of the data that holds labels, for losses.", show_default=False)]
+Repair = Annotated[str | None, typer.Option(
+    "--repair", metavar="METHOD", help="none, bias, affine or obspa; obspa where --calibration is given.", show_default=False)]
+Damping = Annotated[float, typer.Option("--damping", help="Ridge of the repair, over the mean variance of a layer's inputs.")]
+RepairInputs = Annotated[str, typer.Option(
+    "--repair-inputs", metavar="WHICH", help="pruned: as layers before left them; dense: each layer alone.")]
+RepairTarget = Annotated[str, typer.Option("--repair-target", metavar="WHICH", help="What layers are fitted to: dense or pruned.")]
+NoNorms = Annotated[bool, typer.Option("--no-norms", help="Leave the statistics that BatchNorm stores as they were.")]
+RepairedOut = Annotated[Path | None, typer.Option(
+    "--repaired-out", metavar="FILE", help="Also write the repaired model before the deletion, and its plan.", show_default=False)]
 MultipleOf = Annotated[str, typer.Option("--multiple-of", metavar="N|auto", help="Round widths; auto: what the CPU provider likes.")]
 KeepAtLeast = Annotated[int, typer.Option("--keep-at-least", help="Channels that every group keeps.")]
 Include = Annotated[list[str] | None, typer.Option(
@@ -86,6 +115,16 @@ def check_tolerance(tolerance: float) -> float:
     if not 0 < tolerance < np.inf:
         raise BadOption(f"--tolerance is {tolerance}, but must be a number above 0, such as 1e-4.")
     return tolerance
+
+
+def repair_options(
+    method: str | None, source: str | None, damping: float, inputs: str, target: str, no_norms: bool
+) -> RepairOptions:
+    """How to repair; by default all weights where there are data, and nothing where there are none. Raises BadOption."""
+    chosen = RepairOptions(method or ("none" if source is None else "obspa"), inputs, target, damping, not no_norms)
+    if chosen.method != "none" and source is None:
+        raise BadOption(f"--repair {chosen.method} fits layers to data: give some with --calibration (none draws noise).")
+    return chosen
 
 
 def read_ratios(path: Path | None) -> dict[str, float]:

@@ -12,7 +12,7 @@ layer also makes good what its predecessors could not. `inputs="dense"` fits eac
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,10 +24,10 @@ from onnx import helper
 from passes import Weight, insert_biases
 from spa import solve
 from spa.errors import BadOption
+from spa.evidence import channel_moments, put, stored_norms
 from spa.feeds import Feeds
 from spa.groups import Groups, Kept, find_groups
 from spa.linear import Layer, find_layers
-from spa.moved import place_of
 from spa.observe import Gram, Part, draw_rows, observe, parts_of
 from spa.offsets import Missing, Offset, Offsets
 from spa.rewrite import copy_graph, plan_removal, rewrite
@@ -88,6 +88,7 @@ class Repaired:
     """The dense model with repaired weights, its groups and the plan's mask over them (new biases are places too), and what was done.
 
     skipped: layers that lose channels and could not be repaired, with the reason. norms: how many norms were measured again.
+    changed: stored tensors that hold other values now.
     """
 
     model: Model
@@ -96,6 +97,7 @@ class Repaired:
     layers: tuple[LayerRepair, ...]
     skipped: Mapping[str, str]
     norms: int
+    changed: frozenset[str] = frozenset()
 
 
 def repair(
@@ -250,11 +252,7 @@ class _Work:
         values = self.array(name)
         for axis, keep in self.cuts.get(name, {}).items():
             values = np.take(values, keep, axis=axis)
-        for node in self.thin.nodes:
-            held = node.attrs.get("value") if node.op == "Constant" and node.outputs[0].name == name else None
-            for tensor in (*node.inputs, held):
-                if isinstance(tensor, gs.Constant) and (tensor.name == name or tensor is held):
-                    tensor._values = values.astype(np.dtype(tensor.dtype))
+        put(self.thin, name, values)
 
     def _fit_here(self, layer: Layer, dense: Sequence[Mapping[str, NDArray[Any]]], pruned: Sequence[Mapping[str, NDArray[Any]]]) -> None:
         removed, old = layer.removed(self.kept), self.matrices(layer)
@@ -315,7 +313,7 @@ class _Work:
         assert node.signature.moments is not None
         value = node.node.inputs[0].name
         keep = self.kept.site((value, 1))
-        was, now = _channel_moments([b[value] for b in dense]), _channel_moments([b[value] for b in pruned])
+        was, now = channel_moments([b[value] for b in dense]), channel_moments([b[value] for b in pruned])
         keep = np.ones(len(was[0]), bool) if keep is None else keep
         places = [node.node.inputs[i].name for i in node.signature.moments]
         mean, variance = self.array(places[0]), self.array(places[1])
@@ -331,17 +329,10 @@ class _Work:
     def result(self) -> Repaired:
         """The dense graph with the new values, in the types of the old ones."""
         graph = copy_graph(self.model.graph)
-        if self.stored:
-            seen: set[int] = set()
-            for node in graph.nodes:
-                held = node.attrs.get("value") if node.op == "Constant" and node.outputs[0].name in self.stored else None
-                for tensor in (*node.inputs, held):
-                    name = node.outputs[0].name if tensor is held and held is not None else getattr(tensor, "name", "")
-                    if isinstance(tensor, gs.Constant) and name in self.stored and id(tensor) not in seen:
-                        seen.add(id(tensor))
-                        tensor._values = self.stored[name].astype(np.dtype(tensor.dtype))
+        for name, values in self.stored.items():
+            put(graph, name, values)
         reports = tuple(self.reports.values())
-        return Repaired(with_graph(self.model, graph), self.groups, self.gone, reports, self.skipped, self.measured)
+        return Repaired(with_graph(self.model, graph), self.groups, self.gone, reports, self.skipped, self.measured, frozenset(self.stored))
 
 
 def _with_biases(
@@ -395,36 +386,7 @@ def _carried(groups: Groups, gone: NDArray[np.bool_], again: Groups) -> NDArray[
 def _norms(groups: Groups, kept: Kept, layers: Sequence[Layer]) -> list[NodeTrace]:
     """Norms with stored statistics that lose channels, or stand right behind a layer that does."""
     behind = {layer.node.outputs[0].name for layer in layers}
-    makers = {t.name: n.node for n in groups.traced.nodes for t in n.node.outputs}
-    found = []
-    for node in groups.traced.nodes:
-        if node.signature is None or node.signature.moments is None:
-            continue
-        value = node.node.inputs[0].name
-        places = [place_of(groups.traced, node.node.inputs[i].name, makers) for i in node.signature.moments]
-        plain = all(p is not None and p.index is None for p in places)
-        if plain and (value in behind or kept.site((value, 1)) is not None):
-            found.append(node)
-    return found
-
-
-def _channel_moments(values: Iterable[NDArray[Any]]) -> tuple[Array, Array]:
-    """Mean and variance of axis 1 over all batches."""
-    gram = 0.0
-    mean = square = np.zeros(0)
-    for value in values:
-        cube = value.reshape(value.shape[0], value.shape[1], -1)
-        count = cube.shape[0] * cube.shape[2]
-        m = cube.mean(axis=(0, 2), dtype=np.float64)
-        v = cube.var(axis=(0, 2), dtype=np.float64)
-        if not gram:
-            mean, square = np.zeros_like(m), np.zeros_like(m)
-        total = gram + count
-        step = m - mean
-        square = square + v * count + step**2 * (gram * count / total)
-        mean = mean + step * (count / total)
-        gram = total
-    return mean, square / max(gram, 1)
+    return [n for n in stored_norms(groups) if n.node.inputs[0].name in behind or kept.site((n.node.inputs[0].name, 1)) is not None]
 
 
 def _rescaled(weight: Array, moments: solve.Moments, cross: Array, of: NDArray[np.int64], damping: float) -> Array:

@@ -25,6 +25,7 @@ from spa.explain import Cause, Explanation, Part, Path, site_name
 from spa.explain import printable as printable
 from spa.groups import Group, Site
 from spa.plan import Plan
+from spa.repair import Repaired
 from spa.trace import Reason
 
 LIMIT = 15  # rows of a list
@@ -181,6 +182,25 @@ def proof(check: Check | None) -> RenderableType:
         return Text(f"Proof: removing equals masking; {says}\n", style="green")
     name = shorten(worst.output, 40)
     return Text(f"Proof: the models DIFFER, output {name} by {by} of its scale, where {check.tolerance:.0e} is allowed\n", style="bold red")
+
+
+def repair(repaired: Repaired, *, limit: int | None = LIMIT) -> RenderableType:
+    """Layers that were fitted: the error of their output, over its variance, without and with repair; and those that could not be."""
+    layers = sorted(repaired.layers, key=lambda r: -r.before)
+    rows = [(Name(r.name), f"{r.removed}/{r.columns}", f"{r.before:.3f}", "→", f"{r.after:.3f}") for r in layers]
+    title = f"Repaired: {count_of(len(layers), 'layer')}" + (f", {count_of(repaired.norms, 'norm')}" if repaired.norms else "")
+    head = ("layer", ">columns gone", ">error before", "", ">after")
+    skipped = [(Name(n), why) for n, why in repaired.skipped.items()]
+    lines = [table(title, head, rows, limit=limit)]
+    if skipped:
+        lines.append(table(f"Not repaired: {count_of(len(skipped), 'layer')}", ("layer", "because"), skipped, limit=limit))
+    return Lines(*lines)
+
+
+def repair_data(repaired: Repaired) -> dict[str, Any]:
+    """The repair with exact numbers."""
+    layers = [{"name": r.name, "removed": r.removed, "columns": r.columns, "before": r.before, "after": r.after} for r in repaired.layers]
+    return {"layers": layers, "skipped": dict(repaired.skipped), "norms": repaired.norms}
 
 
 def groups_table(groups: Sequence[Group], *, limit: int | None = LIMIT) -> RenderableType:

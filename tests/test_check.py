@@ -91,7 +91,7 @@ def tampered(made: onnx.ModelProto, name: str, position: int, change: float) -> 
 def proof_of(small: onnx.ModelProto) -> Check:
     analysis = spa.analyze(model())
     plan = spa.plan(analysis, 0.5, multiple_of=1)
-    return prove(analysis, mask_of(plan, analysis.groups), spa.load(small))
+    return prove(analysis.normal.model, analysis.groups, mask_of(plan, analysis.groups), spa.load(small))
 
 
 @pytest.mark.parametrize("name, position", [("w1", 0), ("w1", 15), ("w2", 0), ("w2", 19)])

