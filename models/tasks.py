@@ -25,6 +25,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from models import language, packages
+from models.cifar import data as cifar
 from models.extras import need
 from models.packages import Unavailable
 
@@ -185,8 +186,6 @@ def _batches(name: str, inputs: NDArray[Any], labels: NDArray[np.int64] | None =
 
 
 def _cifar_training(n: int, *, skip: int = 0) -> tuple[Images, NDArray[np.int64]]:
-    from models.cifar import data as cifar
-
     images, labels = cifar.train()
     chosen = np.random.default_rng(_SEED).permutation(len(images))[skip : skip + n]
     return images[chosen], labels[chosen]
@@ -277,8 +276,6 @@ def _focus_other(n: int) -> Batches:
 def _focus_agreement(
     session: onnxruntime.InferenceSession, dense: onnxruntime.InferenceSession | None = None, *, limit: int | None = None
 ) -> float:
-    from models.cifar import data as cifar
-
     photographs = crops(half("evaluation")[0], _FOCUS_PHOTOGRAPHS, 224, smallest=0.8)[0]
     small = _resized(cifar.test()[0][: _FOCUS_IMAGES - _FOCUS_PHOTOGRAPHS], 224)
     mixed = np.concatenate([photographs, small])
@@ -310,23 +307,17 @@ def unpacked(packed: Path) -> Path:
 
 
 def _cifar_calibration(n: int) -> Batches:
-    from models.cifar import data as cifar
-
     images, labels = _cifar_training(n)
     return _batches("image", cifar.normalized(images), labels, size=128)
 
 
 def _cifar_other(n: int) -> Batches:
-    from models.cifar import data as cifar
-
     return _batches("image", cifar.normalized(crops(packages.imagenet_samples()[0], n, 32, smallest=0.0625)[0]), size=128)
 
 
 def _cifar_accuracy(
     session: onnxruntime.InferenceSession, dense: onnxruntime.InferenceSession | None = None, *, limit: int | None = None
 ) -> float:
-    from models.cifar import data as cifar
-
     images, labels = cifar.test()
     return accuracy(session, _batches("image", cifar.normalized(images[:limit]), labels[:limit], size=250))
 
