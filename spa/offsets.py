@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from spa.linear import Layer, Layout, layout_of
 from spa.moved import Place, place_of
 from spa.signatures import SUM
 from spa.signatures.arithmetic import ADDS
-from spa.signatures.table import One, Product, Term, dims_of, kind_of
+from spa.signatures.table import Dim, One, Product, Term, dims_of, kind_of
 from spa.trace import NodeTrace
 
 
@@ -78,26 +78,29 @@ class Offsets:
         """The mean of a norm, or the constant of an addition, that alone reads the layer's output."""
         out = layer.node.outputs[0].name
         readers = self.readers.get(out, [])
-        if len(readers) != 1 or out in self.outputs or layer.linear.spread is not None:
+        if len(readers) != 1 or out in self.outputs or layer.linear.spread is not None or layer.node.attrs.get("activation"):
             return None
         reader = readers[0]
         spelled = tuple(terms)
+        scale = float(layer.node.attrs.get("alpha", 1.0))
         if reader.signature is not None and reader.signature.moments is not None:
             mean = reader.node.inputs[reader.signature.moments[0]].name
-            axes = tuple(t for t in spelled if any(self._is_output(layer, n) for n in dims_of(t)))
-            return self._offset(layer, mean, axes, -1.0)
+            channels = (reader.signature.inputs[reader.signature.moments[0]] or (None,))[0]
+            axes = tuple(t for t, c in zip(spelled, reader.signature.inputs[0] or (), strict=True) if c == channels)
+            return self._offset(layer, mean, axes, -scale)
         if reader.node.op in ADDS and not reader.node.domain:
             other = next((t.name for t in reader.node.inputs if t.name != out), "")
             shape = self.traced.facts.shapes.get(other)
             if shape is None or len(shape) > len(spelled):
                 return None
             behind = spelled[len(spelled) - len(shape) :]
-            return self._offset(layer, other, tuple(One() if n == 1 else t for n, t in zip(shape, behind, strict=True)), 1.0)
+            return self._offset(layer, other, tuple(One() if n == 1 else t for n, t in zip(shape, behind, strict=True)), scale)
         return None
 
     def _is_output(self, layer: Layer, name: str) -> bool:
-        weight = layer.signature.inputs[layer.linear.weight] or ()
-        return any(name in dims_of(t) for t in weight) and kind_of(layer.signature, name) is not SUM
+        weight, data = layer.signature.inputs[layer.linear.weight] or (), layer.data_terms or ()
+        summed = kind_of(layer.signature, name) is SUM and any(name in dims_of(t) for t in data)
+        return any(name in dims_of(t) for t in weight) and not summed
 
     def _offset(self, layer: Layer, value: str, terms: Iterable[Term] | None, gain: float) -> Offset | None:
         shape = self.traced.facts.shapes.get(value)
@@ -106,9 +109,10 @@ class Offsets:
         place = place_of(self.traced, value, self.makers)
         if place is None or len(self.readers.get(place.name, [])) != 1:
             return None
-        spelled = tuple(terms)
         sizes = dict(layer.sizes)
         weight = [n for t in layer.signature.inputs[layer.linear.weight] or () for n in dims_of(t)]
+        counts = {sizes[n]: n for n in weight if n.startswith("_")}  # of a signature's text, "3 h d": each operand's are dims of their own
+        spelled = tuple(_renamed(t, {n: counts[sizes[n]] for n in dims_of(t) if n.startswith("_") and sizes[n] in counts}) for t in terms)
         named = [n for t in spelled for n in dims_of(t)]
         extra = [n for n in named if n not in weight]
         known = {n: sizes[n] for n in named if n in sizes}
@@ -119,7 +123,7 @@ class Offsets:
         if any(n not in known for n in named):
             return None
         data = [n for t in layer.data_terms or () for n in dims_of(t)]
-        if any(n in data for n in extra):
+        if any(n in data for n in extra) or (extra and layer.linear.spread is None):
             return None  # it differs from row to row
         mine = [n for n in weight if self._is_output(layer, n) and not n.startswith("k.")]
         if any(n not in named for n in mine):
@@ -142,3 +146,9 @@ class Offsets:
             if mine or shape:
                 shape.append(math.prod(layer.sizes[n] for n in names) if mine else 1)
         return tuple(shape)
+
+
+def _renamed(term: Term, names: Mapping[str, str]) -> Term:
+    if isinstance(term, Product):
+        return replace(term, parts=tuple(_renamed(p, names) for p in term.parts))
+    return replace(term, name=names[term.name]) if isinstance(term, Dim) and term.name in names else term
