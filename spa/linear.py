@@ -86,13 +86,15 @@ class Layer:
         return kind_of(self.signature, name) is SUM
 
     def removed(self, kept: Kept) -> NDArray[np.bool_]:
-        """(parts, columns) which columns are gone."""
+        """(parts, columns) which columns are gone from under outputs that stay: a part that goes as a whole, as of a depthwise
+        convolution, takes its outputs along and loses nothing.
+        """
         gone = np.zeros((self.parts, self.columns), bool)
         for axis, positions in self.positions.items():
             keep = kept.site((self.data, axis))
             if keep is not None:
                 gone |= ~keep[positions]
-        return gone
+        return gone & ~gone.all(axis=1, keepdims=True) if self.parts > 1 else gone
 
     def coordinates(self, groups: Groups, start: int, stop: int) -> NDArray[np.int64]:
         """(parts, columns) the coordinate among start … stop - 1, counted from start, that each column goes with; -1 for none."""
