@@ -71,8 +71,21 @@ class _Spread:
 
     @property
     def channels(self) -> Channels:
-        mean = WEIGHTS @ self.at.astype(np.float64)
-        return Channels(mean, WEIGHTS @ (self.at - mean) ** 2, self.axis)
+        return Channels(*_moments(self.at, WEIGHTS), self.axis)
+
+    @property
+    def settled(self) -> bool:
+        """Whether half of the nodes tell about the same, which they do not of what has no moments, such as a reciprocal."""
+        if not np.isfinite(self.at).all():
+            return False
+        (mean, variance), half = _moments(self.at, WEIGHTS), _moments(self.at[::2], WEIGHTS[::2] / WEIGHTS[::2].sum())
+        small = 1e-5 * float((mean**2 + variance).max())
+        return bool((np.abs(half[1] - variance) <= 0.25 * variance + small).all())
+
+
+def _moments(at: NDArray[Any], weights: Array) -> tuple[Array, Array]:
+    mean = weights @ at.astype(np.float64)
+    return mean, weights @ (at - mean) ** 2
 
 
 def closed_form(groups: Groups) -> dict[str, Channels]:
@@ -136,7 +149,7 @@ class _Walk:
             outputs = [t.name for t in node.node.outputs]
             if any(t.name in self.live for t in node.node.inputs) and any(n not in self.given for n in outputs):
                 for name, spread in zip(outputs, self._visit(node), strict=False):
-                    if name and spread is not None and np.isfinite(spread.at).all():
+                    if name and spread is not None and spread.settled:
                         self.live[name] = spread
                         if self.traced.facts.types.get(name) in FLOATS:
                             found.setdefault(name, spread.channels)

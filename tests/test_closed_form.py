@@ -169,11 +169,13 @@ def test_flattened_maps_and_groups() -> None:
         "y = Concat<axis=1>(b, x3)",
         "y = ReduceMean<axes=[1]>(b)",
         "y = Log(b)",
+        "y = Reciprocal(b)",
+        "a = Add(b, shift) y = Reciprocal(a)",
         "g, h = Split<axis=1>(b, halves) y = Mul(g, h)",
     ],
 )
 def test_what_is_unknown_is_left_out(body: str) -> None:
-    extra = {"field": RNG.standard_normal((4, 4)).astype(np.float32), "halves": ints(3, 3)}
+    extra = {"field": RNG.standard_normal((4, 4)).astype(np.float32), "halves": ints(3, 3), "shift": np.float32(0.371)}
     made = net(f"{SPACE} x, {SPACE} x2, {SPACE} x3 -> float[n,c,h,w] y", BOTH + body, **NORM, **OTHER,
                **{n: w for n, w in extra.items() if n in body})  # fmt: skip
     known = found(made)
