@@ -135,8 +135,11 @@ class Offsets:
     def _fresh_shape(self, layer: Layer, slot: int, terms: Iterable[Term]) -> tuple[int, ...]:
         if layer.linear.spread is not None:  # every dim that the layer lacks has two positions: for the input, for the state
             return tuple(math.prod(layer.sizes.get(n, 2) for n in dims_of(t)) for t in layer.linear.spread)
-        mine = [t for t in terms if any(self._is_output(layer, n) for n in dims_of(t))]
-        return (math.prod(layer.sizes[n] for t in mine for n in dims_of(t)),)
+        there = {n for t in terms for n in dims_of(t)}
+        weight = {n for t in layer.signature.inputs[layer.linear.weight] or () for n in dims_of(t)}
+        if layer.window is not None or any(self._is_output(layer, n) and n not in there for n in weight):
+            return (layer.parts * layer.outputs,)
+        return self._added_shape(layer, terms)
 
     def _added_shape(self, layer: Layer, terms: Iterable[Term]) -> tuple[int, ...]:
         shape: list[int] = []
