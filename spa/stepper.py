@@ -158,7 +158,7 @@ class Stepper:
                 value = held.pop(name)
                 base = value.base if value.base is not None else value
                 filed = getattr(base, "filename", None) or getattr(value, "filename", None)
-                if filed is None:
+                if filed is None or Path(filed).parent != self._folder:  # inputs may be files of the caller
                     self._bytes -= value.nbytes
-                elif self._folder is not None:
+                else:
                     Path(filed).unlink(missing_ok=True)
