@@ -310,11 +310,11 @@ def test_ward_of_duplicates_and_of_little() -> None:
     assert np.isnan(ward(np.array([[0, np.nan], [np.nan, 0]]))).all()
 
 
-def test_distances_weigh_all_tensors_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_distances_weigh_matrices_alike_and_vectors_as_one_column(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
-    rows = [rng.standard_normal((7, 30)) * 1000, rng.standard_normal((7, 4)), np.zeros((7, 2))]
-    slices = [Slice(f"w{i}", 0, True, False, r.astype(np.float32)) for i, r in enumerate(rows)]
-    whole = np.concatenate([r / np.linalg.norm(r) for r in rows[:2]], axis=1).astype(np.float64)
+    rows = [rng.standard_normal((7, 30)) * 1000, rng.standard_normal((7, 4)), rng.standard_normal((7, 1)), np.zeros((7, 2))]
+    slices = [Slice(f"w{i}", 0, i != 2, False, r.astype(np.float32)) for i, r in enumerate(rows)]
+    whole = np.concatenate([r / np.linalg.norm(r) * (1 if i < 2 else 1 / np.sqrt(30)) for i, r in enumerate(rows[:3])], axis=1)
     expected = np.square(whole[:, None] - whole).sum(axis=-1)
     np.testing.assert_allclose(distances(slices, 7), expected, rtol=1e-5, atol=1e-8)
     monkeypatch.setattr("spa.criteria.folding.COLUMNS", 21)

@@ -1,7 +1,7 @@
 """Folding: channels that resemble each other are merged, so the one that says the least of its own goes first.
 
 With x_c all weights that go with channel c (rows of its producers and columns of its readers side by side, each stored tensor over its
-Frobenius norm), Ward's method merges at each step the two clusters A, B whose union costs least in Σ ‖x − mean‖²,
+Frobenius norm: `distances`), Ward's method merges at each step the two clusters A, B whose union costs least in Σ ‖x − mean‖²,
 
     Δ(A, B) = |A| |B| / (|A| + |B|) ‖mean A − mean B‖².
 
@@ -29,18 +29,27 @@ def fold(view: GroupView) -> Scores:
 
 
 def distances(slices: Iterable[Slice], size: int) -> Scores:
-    """(size, size) squared distances of channels by their weights, each tensor over its Frobenius norm; NaN where weights are none."""
-    gram = np.zeros((size, size))
+    """(size, size) squared distances of channels by their weights, each tensor over its Frobenius norm; NaN where weights are none.
+
+    A tensor of one number a channel (bias, norm) weighs as one of the numbers of the widest matrix: the four of a norm would outweigh
+    the two convolutions around it.
+    """
+    matrices, vectors = np.zeros((size, size)), np.zeros((size, size))
+    numbers = 0  # of a channel in the widest matrix
     for one in slices:
         whole = float(np.linalg.norm(one.rows.astype(np.float64, copy=False)))
         if whole == 0:
             continue
+        if one.matrix:
+            numbers = max(numbers, one.rows.shape[1])
+        gram = matrices if one.matrix else vectors
         step = max(1, COLUMNS // max(size, 1))
         for start in range(0, one.rows.shape[1], step):
             block = one.rows[:, start : start + step].astype(np.float64) / whole
             gram += block @ block.T
-    squares = np.diagonal(gram)
-    found = squares[:, None] + squares - 2 * gram
+    matrices += vectors / max(numbers, 1)
+    squares = np.diagonal(matrices)
+    found = squares[:, None] + squares - 2 * matrices
     found[found <= 1e-14 * (squares[:, None] + squares)] = 0.0  # duplicates, but for rounding
     np.fill_diagonal(found, 0.0)
     return np.asarray(found)
