@@ -101,7 +101,7 @@ class _Fold:
         summed = self._summed()
         merged = self._assign()
         graph = copy_graph(self.model.graph)
-        found = {n: self._merged(n, summed) for n in self.constants if self._axes(n)}
+        found = {n: self._merged(n, summed) for n in self.constants if self._floats(n) and self._axes(n)}
         corrected = dict(self._variances()) if variance else {}
         changed = set()
         for name, array in {**found, **corrected}.items():
@@ -132,6 +132,9 @@ class _Fold:
         rank = len(self.groups.traced.facts.shapes.get(name) or ())
         return [a for a in range(rank) if self._here(self.groups.labels.get((name, a)))]
 
+    def _floats(self, name: str) -> bool:
+        return dtype_is_float(self.constants[name].dtype)
+
     def _place(self, value: str) -> Place | None:
         if value not in self._places:
             self._places[value] = place_of(self.groups.traced, value, self.makers)
@@ -151,14 +154,24 @@ class _Fold:
         for (name, _, g), found in ways.items():
             if len(found) > 1:
                 self._skip(g, f"is both summed over and passed on in {name}")
+        indices = self._indices()
         for name in self.constants:
-            for axis in self._axes(name):
+            for axis in [] if name in indices else self._axes(name):
                 for g in self._here(self.groups.labels[name, axis]):
-                    if not dtype_is_float(self.constants[name].dtype):
+                    if not self._floats(name):
                         self._skip(g, f"is in {name}, which holds no floats")
                     elif self._grid(self.groups.labels[name, axis], self.groups.groups[g]) is None:
                         self._skip(g, f"is on axis {axis} of {name} in positions that do not match")
         return {key for key, found in ways.items() if True in found}
+
+    def _indices(self) -> set[str]:
+        """Stored positions of channels (shuffles): the deletion renumbers them, and a mean of them means nothing."""
+        found = set()
+        for node in self.groups.traced.nodes:
+            for carry in node.signature.carries if node.signature is not None else ():
+                if carry.remap is not None and isinstance(carry.where, int):
+                    found.add(node.node.inputs[carry.where].name)
+        return found
 
     def _check_sums(self, node: NodeTrace) -> None:
         """Puts aside groups that a node sums over in another way than with a stored weight."""

@@ -78,6 +78,13 @@ def transposed() -> onnx.ModelProto:
     return net(IMAGE, body, w1=(3, 8, 2, 2), b1=(8,), w2=(8, 3, 1, 1), w3=(1536, 5))
 
 
+def shuffle() -> onnx.ModelProto:
+    body = "a = Conv(x, w1) n = BatchNormalization(a, ns, nb, nm, nv) r = Relu(n) b = Reshape(r, s) t = Transpose<perm=[0,2,1,3,4]>(b)"
+    body += " c = Reshape(t, e) p, q = Split<axis=1>(c, half) d = Conv(p, w2) f = Conv(q, w3) g = Add(d, f) h = Flatten(g) y = Gemm(h, w4)"
+    return net(IMAGE, body, w1=(16, 3, 1, 1), w2=(6, 8, 1, 1), w3=(6, 8, 1, 1), w4=(384, 5), **norm("n", 16), s=ints(0, 2, 8, 8, 8),
+               e=ints(0, 16, 8, 8), half=ints(8, 8))
+
+
 def heads() -> onnx.ModelProto:
     body = "q = MatMul(x, wq) k = MatMul(x, wk) v = MatMul(x, wv) qs = Reshape(q, s) ks = Reshape(k, s) vs = Reshape(v, s)"
     body += " qt = Transpose<perm=[0,2,1,3]>(qs) kt = Transpose<perm=[0,2,3,1]>(ks) vt = Transpose<perm=[0,2,1,3]>(vs)"
@@ -86,7 +93,7 @@ def heads() -> onnx.ModelProto:
                e=ints(0, 0, 24))
 
 
-TOPOLOGIES = [convs, residual, perceptron, depthwise, grouped, flat, concat, transposed, heads]
+TOPOLOGIES = [convs, residual, perceptron, depthwise, grouped, flat, concat, transposed, shuffle, heads]
 
 
 def duplicated(made: onnx.ModelProto, noise: float = 0.0) -> tuple[onnx.ModelProto, np.ndarray]:
