@@ -25,6 +25,7 @@ from spa.errors import UnsupportedModel
 from spa.feeds import Feeds
 from spa.store import Model, with_graph
 from spa.trace import outer_values
+from spa.view import type_of
 
 LIMIT = 2 << 30  # bytes of values that are held in memory
 
@@ -44,10 +45,12 @@ def tapped(model: Model, graph: gs.Graph, inputs: Sequence[str], outputs: Sequen
             need |= {n for n in _reads(node) if n not in given}
     fresh: dict[str, gs.Tensor] = {}
 
+    there = graph.tensors()
+
     def variable(name: str) -> gs.Variable:
         if name not in fresh:
-            kind = types.get(name) or 1
-            fresh[name] = gs.Variable(name, dtype=helper.tensor_dtype_to_np_dtype(kind) if kind != 8 else np.object_)
+            kind = types.get(name) or type_of(there[name].dtype if name in there else None)  # passes have made some since
+            fresh[name] = gs.Variable(name, dtype=helper.tensor_dtype_to_np_dtype(kind) if kind else None)
         found = fresh[name]
         assert isinstance(found, gs.Variable)
         return found

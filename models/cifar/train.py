@@ -84,8 +84,12 @@ def train(name: str, *, epochs: int, folder: Path, batch: int, rate: float, deca
             schedule.step()
             total += float(loss.detach())
         row = [epoch + 1, f"{total / steps:.4f}", f"{accuracy(network, test_x, test_y):.2f}", f"{time.time() - began:.0f}"]
+        fresh = not log.is_file()
         with log.open("a", newline="") as opened:
-            csv.writer(opened).writerow(row)
+            writer = csv.writer(opened, lineterminator="\n")
+            if fresh:
+                writer.writerow(["epoch", "loss", "test accuracy %", "seconds"])
+            writer.writerow(row)
         print(name, *row, flush=True)
         kept = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
                 "generator": generator.get_state(), "epoch": epoch + 1}  # fmt: skip
