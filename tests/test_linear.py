@@ -366,6 +366,12 @@ def test_parts_that_go_as_a_whole_lose_nothing() -> None:
         assert last.removed(kept).sum() == (3 if size == 4 else 0)
 
 
+def test_a_square_and_its_transpose_are_other_rows() -> None:
+    body = "h = MatMul(x, w1) a = Gemm(h, w2) b = Gemm <transA=1> (h, w3) y = Add(a, b)"
+    _, layers = layers_of(net("float[6,6] x -> float[6,4] y", body, w1=(6, 6), w2=(6, 4), w3=(6, 4)))
+    assert len({layer.key for layer in layers}) == 3
+
+
 def test_layers_that_read_the_same_rows() -> None:
     body = "h = MatMul(x, w1) a = MatMul(h, w2) b = Gemm <transB=1> (h, w3) t = Transpose(h) c = Gemm <transA=1> (t, w4)"
     body += " d = Add(a, b) y = Add(d, c)"
@@ -399,6 +405,9 @@ HOMES = {  # model, where the constant of the layer of w is: place and gain, or 
                               (None, (4,))),
     "addition of what others read": ("float[2,6] x -> float[2,4] y", "a = MatMul(x, w) b = Add(a, c) y = Mul(b, c)",
                                      {"w": (6, 4), "c": (4,)}, ("c", 1.0)),  # normalising gives each reader of a small one its own
+    "addition of what others read, moved": ("float[2,6] x -> float[2,4] y",
+                                            "m = Reshape(c, s) a = MatMul(x, w) b = Add(a, m) y = Mul(b, m)",
+                                            {"w": (6, 4), "c": (2, 2), "s": ints(4)}, (None, (4,))),
     "nothing, Conv": (IMAGE, "y = Conv(x, w)", {"w": (5, 3, 1, 1)}, (2, (5,))),
     "nothing, grouped": ("float[2,4,4,4] x -> float[2,6,4,4] y", "y = Conv <group=2> (x, w)", {"w": (6, 2, 1, 1)}, (2, (6,))),
     "nothing, MatMul": ("float[2,7,6] x -> float[2,7,4] y", "y = MatMul(x, w)", {"w": (6, 4)}, (None, (4,))),

@@ -801,6 +801,18 @@ def test_repaired_models_are_proven_and_can_be_cut_again(tmp_path: Path, name: s
     assert {n: v.tobytes() for n, v in a.items()} == {n: v.tobytes() for n, v in b.items()}
 
 
+def test_a_small_bias_that_is_shared_is_not_merged_again() -> None:
+    """Readers of one small tensor get copies to be analysed; a repaired one has to stay apart."""
+    body = "h = MatMul(x, w1) r = Relu(h) m = MatMul(r, w) a = Add(m, b) n = MatMul(x, w3) e = Add(n, b) y = Concat <axis=1> (a, e)"
+    model = net("float[200,6] x -> float[200,8] y", body, w1=(6, 12), w=(12, 4), w3=(6, 4), b=(4,))
+    data = batches((200, 6), 1)
+    plan = spa.plan(model, 0.4, multiple_of=1)
+    result = spa.apply(model, plan, repair=RepairOptions(damping=0), calibration=[b["x"] for b in data])
+    dense, small = (np.concatenate([o["y"] for o in outputs_of(m, data)]) for m in (model, result.model))
+    np.testing.assert_array_equal(dense[:, 4:], small[:, 4:])
+    np.testing.assert_allclose(dense[:, :4].mean(axis=0), small[:, :4].mean(axis=0), atol=1e-4)
+
+
 def test_repair_wants_data() -> None:
     model, _ = network("mlp")
     plan = spa.plan(model, 0.34, multiple_of=1)
