@@ -672,7 +672,7 @@ def test_norms_see_what_they_saw(method: str, inputs: str, biases: bool) -> None
         np.testing.assert_allclose(held[0], mean, atol=1e-5)
         np.testing.assert_allclose(held[1], variance, rtol=1e-4)
     gone = gone_where(analysis.groups, part=0.34)
-    found = repair(analysis.normal.model, analysis.groups, gone, data, RepairOptions(method=method, inputs=inputs))
+    found = repair(analysis.normal.model, analysis.groups, gone, data, RepairOptions(method=method, inputs=inputs, norms=True))
     small = to_proto(small_of(found))
     assert found.norms == 3
     seen, held = moments_before(small, data), stored_moments(spa.analyze(small).groups, spa.load(small))
@@ -694,7 +694,7 @@ def test_noise_moves_no_norm_that_pruning_did_not(inputs: str) -> None:
     middle = next(g for g in analysis.groups.free() if g.name == "w2:0")
     gone = np.zeros(analysis.groups.total, bool)
     gone[middle.coordinates] = some(middle.size)
-    found = repair(analysis.normal.model, analysis.groups, gone, noise, RepairOptions(inputs=inputs))
+    found = repair(analysis.normal.model, analysis.groups, gone, noise, RepairOptions(inputs=inputs, norms=True))
     old, new = weights_of(model), weights_of(found.model)
     for name in ("nm", "nv", "ns", "nb", "w1", "w2", "w4", "b4"):
         assert old[name].tobytes() == new[name].tobytes()
@@ -713,7 +713,7 @@ def test_a_repair_of_the_adapted_model_is_carried_over() -> None:
     own, at = weights_of(analysis.normal.model), weights_of(evidence.model)
     assert {n for n in own if own[n].tobytes() != at[n].tobytes()} == {p + q for p in "nop" for q in "mv"}
     gone = gone_where(analysis.groups, part=0.34)
-    found = repair(evidence.model, analysis.groups, gone, evidence.batches, RepairOptions(inputs="dense"))
+    found = repair(evidence.model, analysis.groups, gone, evidence.batches, RepairOptions(inputs="dense", norms=True))
     carried = transplanted(found.model, evidence.model, analysis.normal.model, found.groups)
     now, fitted = weights_of(carried), weights_of(found.model)
     for name in now:
@@ -729,10 +729,6 @@ def test_a_repair_of_the_adapted_model_is_carried_over() -> None:
     assert adapted(other.normal.model, other.groups, []) is other.normal.model
 
 
-EVIDENCE = "repair._Work.array reads what the traced graph holds, not the model it is given, whose norms' moments are those of the noise"
-
-
-@pytest.mark.xfail(strict=True, reason=EVIDENCE)
 @pytest.mark.parametrize("inputs", ["dense", "pruned"])
 def test_the_model_that_is_run_is_the_one_that_is_repaired(inputs: str) -> None:
     """Norms' moments are measured and changed in the adapted model, as if that had been traced."""
@@ -747,7 +743,7 @@ def test_the_model_that_is_run_is_the_one_that_is_repaired(inputs: str) -> None:
 
 
 def fixed_of(model: spa.store.Model, groups: spa.Groups, data: Sequence[Feeds], inputs: str) -> Repaired:
-    return repair(model, groups, gone_where(groups, part=0.34), data, RepairOptions(inputs=inputs))
+    return repair(model, groups, gone_where(groups, part=0.34), data, RepairOptions(inputs=inputs, norms=True))
 
 
 # ------------------------------------------------------------------------------------------------ large layers
