@@ -264,6 +264,8 @@ def _repaired(
     if options.method == "none":
         return analysis, gone, None
     evidence = evidence_for(analysis, calibration, seed=seed, stage=stage)
+    if evidence is None and options.method == "fold":
+        evidence = Evidence("nothing", (), analysis.normal.model, True)
     if evidence is None:
         raise BadOption(f"--repair {options.method} fits layers to data: give some with --calibration (none draws noise).")
     with stage("repairing"):

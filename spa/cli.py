@@ -27,7 +27,7 @@ from spa.choose import Options, matches
 from spa.cli_options import Guarded, Terminal
 from spa.count import count
 from spa.errors import BadOption, UnsupportedModel
-from spa.evidence import Evidence
+from spa.evidence import MOMENTS, SYNTHETIC, Evidence, gather
 from spa.explain import Cause, dependency_graph, dot_text, explain, frozen_causes, near, path, printable_graph, sites_of
 from spa.feeds import Feeds, one_sample
 from spa.files import replace_all
@@ -155,12 +155,12 @@ def apply(
     calibration: given.Source = None, preprocess: given.Preprocess = None, tokenizer: given.Tokenizer = None,
     samples: given.Samples = 256, batch: given.Batch = 32, length: given.Length = None, labels: given.Labels = None,
     repair: given.Repair = None, damping: given.Damping = DAMPING, repair_inputs: given.RepairInputs = "pruned",
-    repair_target: given.RepairTarget = "dense", no_norms: given.NoNorms = False, repaired_out: given.RepairedOut = None,
+    repair_target: given.RepairTarget = "dense", norms: given.Norms = "auto", repaired_out: given.RepairedOut = None,
     as_json: given.Json = False, verbose: given.Verbose = False,
 ) -> int:
     """Remove what a plan says, prove that nothing else changed, and write the pruned model."""
     term = Terminal(as_json, verbose)
-    mending = given.repair_options(repair, calibration, damping, repair_inputs, repair_target, no_norms)
+    mending = given.repair_options(repair, calibration, damping, repair_inputs, repair_target, norms)
     written = _written(output, None, repaired_out)
     given.check_outputs(written, [model, plan_file, feeds])
     given.check_tolerance(tolerance)
@@ -192,12 +192,12 @@ def prune(
     tokenizer: given.Tokenizer = None, samples: given.Samples = 256, batch: given.Batch = 32, length: given.Length = None,
     labels: given.Labels = None, aggregate: given.Aggregate = None, normalize: given.Normalize = "mean", swaps: given.Swaps = 0,
     loss: given.Loss = "auto", repair: given.Repair = None, damping: given.Damping = DAMPING,
-    repair_inputs: given.RepairInputs = "pruned", repair_target: given.RepairTarget = "dense", no_norms: given.NoNorms = False,
+    repair_inputs: given.RepairInputs = "pruned", repair_target: given.RepairTarget = "dense", norms: given.Norms = "auto",
     repaired_out: given.RepairedOut = None, as_json: given.Json = False, verbose: given.Verbose = False,
 ) -> int:
     """Plan, remove, repair, prove, time, and write the pruned model and its plan."""
     term = Terminal(as_json, verbose)
-    mending = given.repair_options(repair, calibration, damping, repair_inputs, repair_target, no_norms)
+    mending = given.repair_options(repair, calibration, damping, repair_inputs, repair_target, norms)
     written = _written(output, given.plan_name(output) if plan_out is None else plan_out, repaired_out)
     given.check_outputs(written, [model, ratios, feeds])
     given.check_tolerance(tolerance)
@@ -253,6 +253,11 @@ def _evidence(
     """The calibration data, read; None where none are asked for."""
     if source is None:
         return None
+    if source in (SYNTHETIC, MOMENTS):
+        with term.stage("making calibration data"):
+            made = gather(analysis.normal.model, analysis.groups, source, samples=samples, seed=seed)
+        term.log(f"spa: calibration on {made.name}")
+        return made
     opened = open_calibration(source, analysis.groups.traced, samples=samples, batch=batch, preprocess=preprocess, tokenizer=tokenizer,
                               length=length, seed=seed, labels=labels)
     found = api.evidence_for(analysis, opened, seed=seed, stage=term.stage)

@@ -65,7 +65,7 @@ Normalize = Annotated[str, typer.Option(
 Swaps = Annotated[int, typer.Option("--swaps", min=0, help="Rounds of exchanging removed for kept channels.")]
 Loss = Annotated[str, typer.Option("--loss", metavar="NAME", help="For gradients: auto, cross-entropy, entropy or module:function.")]
 Source = Annotated[str | None, typer.Option(
-    "--calibration", metavar="SOURCE", help="Data to look at: .npz, .npy, a folder, pictures, text, module:function; none: noise.",
+    "--calibration", metavar="SOURCE", help="Data: .npz, pictures, text, a folder, module:function; or none (noise), synthetic, moments.",
     show_default=False)]
 Preprocess = Annotated[str | None, typer.Option(
     "--preprocess", metavar="HOW", help="For pictures: imagenet, cifar10, lite0, …, a file, or size=224,mean=0.5.",
@@ -78,12 +78,13 @@ Length = Annotated[int | None, typer.Option("--length", min=1, help="Tokens in a
 Labels = Annotated[str | None, typer.Option(
     "--labels", metavar="NAME", help="Entry of the data that holds labels, for losses.", show_default=False)]
 Repair = Annotated[str | None, typer.Option(
-    "--repair", metavar="METHOD", help="none, bias, affine or obspa; obspa where --calibration is given.", show_default=False)]
+    "--repair", metavar="METHOD", help="none, bias, affine, obspa or fold; obspa where --calibration is given.", show_default=False)]
 Damping = Annotated[float, typer.Option("--damping", help="Ridge of the repair, over the mean variance of a layer's inputs.")]
 RepairInputs = Annotated[str, typer.Option(
     "--repair-inputs", metavar="WHICH", help="pruned: as layers before left them; dense: each layer alone.")]
 RepairTarget = Annotated[str, typer.Option("--repair-target", metavar="WHICH", help="What layers are fitted to: dense or pruned.")]
-NoNorms = Annotated[bool, typer.Option("--no-norms", help="Leave the statistics that BatchNorm stores as they were.")]
+Norms = Annotated[str, typer.Option("--norms", metavar="WHEN", help="Whether BatchNorm's statistics are measured again: auto, yes, no.")]
+NORMS = {"auto": None, "yes": True, "no": False}
 RepairedOut = Annotated[Path | None, typer.Option(
     "--repaired-out", metavar="FILE", help="Also write the repaired model before the deletion, and its plan.", show_default=False)]
 MultipleOf = Annotated[str, typer.Option("--multiple-of", metavar="N|auto", help="Round widths; auto: what the CPU provider likes.")]
@@ -118,11 +119,13 @@ def check_tolerance(tolerance: float) -> float:
 
 
 def repair_options(
-    method: str | None, source: str | None, damping: float, inputs: str, target: str, no_norms: bool
+    method: str | None, source: str | None, damping: float, inputs: str, target: str, norms: str
 ) -> RepairOptions:
     """How to repair; by default all weights where there are data, and nothing where there are none. Raises BadOption."""
-    chosen = RepairOptions(method or ("none" if source is None else "obspa"), inputs, target, damping, not no_norms)
-    if chosen.method != "none" and source is None:
+    if norms not in NORMS:
+        raise BadOption(f"--norms is {norms!r}; the choice is: {', '.join(NORMS)}.")
+    chosen = RepairOptions(method or ("none" if source is None else "obspa"), inputs, target, damping, NORMS[norms])
+    if chosen.method not in ("none", "fold") and source is None:
         raise BadOption(f"--repair {chosen.method} fits layers to data: give some with --calibration (none draws noise).")
     return chosen
 

@@ -30,6 +30,10 @@ from spa.widen import widen
 Array = NDArray[np.float64]
 
 
+SYNTHETIC, MOMENTS = "synthetic", "moments"  # sources that are no files
+SAMPLES = 256
+
+
 @dataclass(frozen=True)
 class Evidence:
     """name: for reports. batches: inputs, with labels under `labels` if there are any. model: what to run on them. noise: made up."""
@@ -47,8 +51,19 @@ class Evidence:
         return sum(int(v.shape[0]) if v.ndim else 1 for v in first)
 
 
-def gather(model: Model, groups: Groups, source: Any, *, seed: int = 0) -> Evidence:
-    """Reads calibration data (a `Calibration`, or what `spa.calibration` takes) for a normalised model."""
+def gather(model: Model, groups: Groups, source: Any, *, samples: int = SAMPLES, seed: int = 0) -> Evidence:
+    """Reads calibration data for a normalised model: a `Calibration`, or what `spa.calibration` takes; or makes them up.
+
+    "synthetic": `samples` inputs that agree with what the network's norms remember (`spa.synthesis`, the extra torch).
+    "moments": no inputs at all; channel means come from the norms in closed form (`spa.closed_form`), for repairs of constants.
+    """
+    if isinstance(source, str) and source == SYNTHETIC:
+        from spa.synthesis import synthesize  # torch is an extra
+
+        made = synthesize(model.graph, groups, samples=samples, batch=min(samples, 128), seed=seed)
+        return Evidence("inputs made up to agree with the norms' statistics", made, model, True)
+    if isinstance(source, str) and source == MOMENTS:
+        return Evidence("the norms' moments", (), model, True)
     opened = source if isinstance(source, Calibration) else calibration(source, groups.traced, seed=seed)
     batches = list(opened)
     run = adapted(model, groups, [{k: v for k, v in b.items() if k != opened.labels} for b in batches]) if opened.noise else model

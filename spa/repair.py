@@ -12,7 +12,7 @@ layer also makes good what its predecessors could not. `inputs="dense"` fits eac
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,11 +21,14 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx import helper
 
-from passes import Weight, insert_biases
+from passes import insert_biases
 from spa import solve
+from spa.check import session
+from spa.closed_form import bias_moments, closed_form
 from spa.errors import BadOption
-from spa.evidence import channel_moments, put, stored_norms
+from spa.evidence import channel_moments, put, stored_norms, values
 from spa.feeds import Feeds
+from spa.fold import fold
 from spa.groups import Groups, Kept, find_groups
 from spa.linear import Layer, find_layers
 from spa.observe import Gram, Part, draw_rows, observe, parts_of
@@ -33,14 +36,14 @@ from spa.offsets import Missing, Offset, Offsets
 from spa.rewrite import copy_graph, plan_removal, rewrite
 from spa.rows import rows
 from spa.shapes import with_new_constants
-from spa.stepper import Stepper
+from spa.stepper import Stepper, tapped
 from spa.store import Model, with_graph
 from spa.trace import NodeTrace, node_name, trace
 from spa.widen import widen
 
 Array = NDArray[np.float64]
 
-METHODS = ("none", "bias", "affine", "obspa")
+METHODS = ("none", "bias", "affine", "obspa", "fold")
 DAMPING = 0.01
 
 
@@ -48,18 +51,26 @@ DAMPING = 0.01
 class RepairOptions:
     """How to repair.
 
-    method: what may change: nothing, the constant (bias), one scale a channel too (affine), all weights (obspa).
+    method: what may change: nothing, the constant (bias), one scale a channel too (affine), all weights (obspa). "fold" needs no data:
+    removed channels are merged into the kept ones that are most like them (`spa.fold`), and data only serve to measure norms again.
     inputs: "pruned" (as they are after the layers before were pruned and repaired) or "dense". target: "dense" (the dense layer's
     output) or "pruned" (the dense layer's weights on the inputs as they are). damping: λ over the mean variance of a layer's inputs.
     norms: whether stored means and variances behind repaired layers are measured again, as changes of what the dense network
-    gives on the same data (so noise does no harm).
+    gives on the same data (so noise does no harm); None: where the method leaves variances wrong.
     """
 
     method: str = "obspa"
     inputs: str = "pruned"
     target: str = "dense"
     damping: float = DAMPING
-    norms: bool = True
+    norms: bool | None = None
+
+    @property
+    def measures(self) -> bool:
+        """Whether norms are measured again. By default after folding and changes of constants alone, which leave variances as they fell;
+        a least-squares fit has its mean right, and scaling up what it explains would scale up its error.
+        """
+        return self.method in ("bias", "fold") if self.norms is None else self.norms
 
     def __post_init__(self) -> None:
         for name, value, choice in (("--repair", self.method, METHODS), ("--repair-inputs", self.inputs, ("pruned", "dense")),
@@ -108,19 +119,39 @@ def repair(
     Raises BadOption for data that a layer cannot be fitted on, UnsupportedModel where the runtime fails.
     """
     chosen = options or RepairOptions()
+    if chosen.method == "fold":
+        return _folded(model, groups, gone, batches, chosen, seed)
     work = _Work(model, groups, gone, chosen, seed)
-    if chosen.method != "none":
+    if not batches and chosen.method != "none":
+        work.fit_closed()
+    elif chosen.method != "none":
         if chosen.inputs == "dense":
             work.fit_dense(batches)
-        if chosen.inputs == "pruned" or (chosen.norms and work.norms):
+        if chosen.inputs == "pruned" or work.norms or work.scales:
             work.walk(batches)
     return work.result()
+
+
+def _folded(
+    model: Model, groups: Groups, gone: NDArray[np.bool_], batches: Sequence[Feeds], options: RepairOptions, seed: int
+) -> Repaired:
+    """Merges instead of dropping; with data, the norms are measured again, else corrected from the weights alone."""
+    measure = bool(batches) and options.measures
+    found = fold(model, groups, gone, variance=not measure)
+    if not measure:
+        return Repaired(found.model, groups, gone, (), found.skipped, found.variances, found.changed)
+    work = _Work(model, groups, gone, options, seed)
+    work.start = found.model
+    work.walk(batches)
+    done = work.result()
+    return replace(done, skipped=found.skipped, changed=done.changed | found.changed)
 
 
 class _Work:
     def __init__(self, model: Model, groups: Groups, gone: NDArray[np.bool_], options: RepairOptions, seed: int) -> None:
         self.options, self.seed = options, seed
         self.model, self.groups, self.gone, self.offsets = _with_biases(model, groups, gone, options)
+        self.start = self.model  # the weights to begin with: the dense ones, unless something was done to them before
         self.kept = Kept(self.groups, self.gone)
         self.layers: list[Layer] = []
         self.skipped: dict[str, str] = {}
@@ -130,7 +161,8 @@ class _Work:
                 self.layers.append(layer)
                 shared[layer.place.name] = shared.get(layer.place.name, 0) + 1
         self.shared = {n for n, count in shared.items() if count > 1}
-        self.norms = _norms(self.groups, self.kept, self.layers) if options.norms else []
+        self.norms = _norms(self.groups, self.kept, self.layers) if options.measures else []
+        self.scales = _scales(self.groups, self.kept) if options.measures else []
         self.stored: dict[str, Array] = {}
         self.reports: dict[str, LayerRepair] = {}
         self.measured = 0
@@ -154,9 +186,7 @@ class _Work:
     def array(self, name: str) -> Array:
         """A stored tensor, in float64, as it is now; changes to it are written by `result`."""
         if name not in self.stored:
-            held = self.groups.traced.constants[name]
-            values = held._values.load() if isinstance(held._values, Weight) else held.values
-            self.stored[name] = np.array(values, np.float64)
+            self.stored[name] = values(self.start.graph, name)
         return self.stored[name]
 
     def matrices(self, layer: Layer) -> Array:
@@ -169,6 +199,26 @@ class _Work:
         offset = self.offsets.of(layer)
         if isinstance(offset, Offset):
             offset.add(self.array(offset.place.name), change)
+
+    # ------------------------------------------------------------------ without data
+
+    def fit_closed(self) -> None:
+        """Gives constants what removed channels had in the mean, as far as the norms before them tell it (`spa.closed_form`)."""
+        if self.options.method != "bias":
+            raise BadOption(f"--repair {self.options.method} needs data; means alone, as the norms tell them, are for --repair bias.")
+        found = closed_form(self.groups)
+        for layer in self.layers:
+            told = bias_moments(self.groups, layer, found)
+            if told is None:
+                self.skipped[layer.name] = "no norm tells the mean of its inputs"
+                continue
+            removed, weight = layer.removed(self.kept), self.matrices(layer)
+            mean, variance = (np.where(removed, m, 0.0) for m in told)
+            change = np.einsum("pod,pd->po", weight, mean)
+            lost = float((weight**2 * variance[:, None]).sum())
+            energy = float((weight**2 * told[1][:, None]).sum())
+            self.put(layer, np.where(removed[:, None], 0.0, weight), change)
+            self._report(layer, removed, lost + float((change**2).sum()), lost, energy)
 
     # ------------------------------------------------------------------ each layer alone, on dense inputs
 
@@ -224,35 +274,41 @@ class _Work:
 
     def walk(self, batches: Sequence[Feeds]) -> None:
         """Runs the dense and the pruned network side by side, layer by layer, and fits each layer (and norm) on the way."""
-        if self.options.inputs == "pruned" and self.shared:
+        self.fits = self.options.method != "fold"
+        if self.fits and self.options.inputs == "pruned" and self.shared:
             self.fit_dense(batches, self.shared)  # a weight that is read in several places can't wait for the last of them
-        small = with_graph(self.model, rewrite(self.model.graph, self.groups, self.gone))
+        small = with_graph(self.start, rewrite(self.start.graph, self.groups, self.gone))
         wide, fed = _wide(self.model, batches)
         thin, _ = _wide(small, batches)
         if wide is self.model:
             wide = with_graph(wide, copy_graph(wide.graph))
         types = {n: 1 if t in (10, 16) else t for n, t in self.groups.traced.facts.types.items()}
         self.cuts = plan_removal(self.groups, self.gone).cuts
-        self.thin = thin.graph
+        self.wide, self.thin, self.types = wide.graph, thin.graph, types
+        self.sessions: dict[tuple[int, str], Any] = {}
         for name in list(self.stored):
             self._push(name)
         layers = {id(layer.node): layer for layer in self.layers}
         norms = {id(node.node): node for node in self.norms}
+        scales = {id(node.node): node for node in self.scales}
         with Stepper(wide, types, fed) as dense, Stepper(thin, types, fed) as pruned:
             for node in self.groups.traced.nodes:
                 layer, norm = layers.get(id(node.node)), norms.get(id(node.node))
-                if layer is not None and self.options.inputs == "pruned" and layer.place.name not in self.shared:
+                if layer is not None and self.fits and self.options.inputs == "pruned" and layer.place.name not in self.shared:
                     self._fit_here(layer, dense.step([layer.data]), pruned.step([layer.data]))
                 if norm is not None:
                     value = norm.node.inputs[0].name
                     self._measure(norm, dense.step([value]), pruned.step([value]))
+                if id(node.node) in scales:
+                    read = [t.name for t in node.node.inputs if t.name and t.name not in self.groups.traced.constants]
+                    self._rescale(node, dense.step(read), pruned.step(read))
 
     def _push(self, name: str) -> None:
         """Gives the pruned graph what a stored tensor holds now."""
-        values = self.array(name)
+        kept = self.array(name)
         for axis, keep in self.cuts.get(name, {}).items():
-            values = np.take(values, keep, axis=axis)
-        put(self.thin, name, values)
+            kept = np.take(kept, keep, axis=axis)
+        put(self.thin, name, kept)
 
     def _fit_here(self, layer: Layer, dense: Sequence[Mapping[str, NDArray[Any]]], pruned: Sequence[Mapping[str, NDArray[Any]]]) -> None:
         removed, old = layer.removed(self.kept), self.matrices(layer)
@@ -324,13 +380,49 @@ class _Work:
             self._push(name)
         self.measured += 1
 
+    def _rescale(self, node: NodeTrace, dense: Sequence[Mapping[str, NDArray[Any]]], pruned: Sequence[Mapping[str, NDArray[Any]]]) -> None:
+        """New scale and bias of a normalisation over channels, some of which went: each channel gets its old mean and deviation back.
+
+        out <- (out - mean of pruned) · deviation of dense / deviation of pruned + mean of dense (OBC's statistics correction, spa.md §5.1).
+        Without a bias (RMSNorm) the root mean squares are matched.
+        """
+        assert node.signature is not None
+        assert node.signature.affine is not None
+        out = node.node.outputs[0].name
+        keep = self.kept.site((out, len(self.groups.traced.facts.shapes[out] or ()) - 1))
+        was = _last_moments(self._alone(self.wide, node, b) for b in dense)
+        now = _last_moments(self._alone(self.thin, node, b) for b in pruned)
+        keep = np.ones(len(was[0]), bool) if keep is None else keep
+        mean, deviation = was[0][keep], np.sqrt(was[1][keep])
+        places = [node.node.inputs[i].name for i in node.signature.affine if i is not None]
+        if len(places) == 1:
+            ratio = np.sqrt((was[1][keep] + mean**2) / np.maximum(now[1] + now[0] ** 2, 1e-30))
+        else:
+            ratio = deviation / np.sqrt(np.maximum(now[1], 1e-30))
+        ratio = np.where(np.isfinite(ratio) & (now[1] > 1e-12 * max(float(now[1].mean()), 1e-30)), ratio, 1.0)
+        self.array(places[0])[keep] *= ratio
+        if len(places) == 2:
+            bias = self.array(places[1])
+            bias[keep] = (bias[keep] - now[0]) * ratio + mean
+        for name in places:
+            self._push(name)
+        self.measured += 1
+
+    def _alone(self, graph: gs.Graph, node: NodeTrace, values_: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+        """The output of one node."""
+        out = node.node.outputs[0].name
+        key = id(graph), out
+        if key not in self.sessions:
+            self.sessions[key] = session(tapped(self.model, graph, sorted(values_), [out], self.types), threads=1)
+        return np.asarray(self.sessions[key].run([out], dict(values_))[0])
+
     # ------------------------------------------------------------------ the result
 
     def result(self) -> Repaired:
         """The dense graph with the new values, in the types of the old ones."""
-        graph = copy_graph(self.model.graph)
-        for name, values in self.stored.items():
-            put(graph, name, values)
+        graph = copy_graph(self.start.graph)
+        for name, array in self.stored.items():
+            put(graph, name, array)
         reports = tuple(self.reports.values())
         return Repaired(with_graph(self.model, graph), self.groups, self.gone, reports, self.skipped, self.measured, frozenset(self.stored))
 
@@ -342,7 +434,7 @@ def _with_biases(
     offsets, kept = Offsets(groups), Kept(groups, gone)
     missing: dict[str, tuple[int | None, NDArray[Any]]] = {}
     kinds = groups.traced.facts.types
-    for layer in find_layers(groups) if options.method != "none" else ():
+    for layer in find_layers(groups) if options.method not in ("none", "fold") else ():
         found = offsets.of(layer) if layer.removed(kept).any() else None
         if isinstance(found, Missing):
             out = layer.node.outputs[0].name
@@ -387,6 +479,25 @@ def _norms(groups: Groups, kept: Kept, layers: Sequence[Layer]) -> list[NodeTrac
     """Norms with stored statistics that lose channels, or stand right behind a layer that does."""
     behind = {layer.node.outputs[0].name for layer in layers}
     return [n for n in stored_norms(groups) if n.node.inputs[0].name in behind or kept.site((n.node.inputs[0].name, 1)) is not None]
+
+
+def _scales(groups: Groups, kept: Kept) -> list[NodeTrace]:
+    """Normalisations over the last axis that loses channels, with a stored scale."""
+    found = []
+    for node in groups.traced.nodes:
+        if node.signature is None or node.signature.affine is None:
+            continue
+        shape = groups.traced.facts.shapes.get(node.node.outputs[0].name) or ()
+        places = [node.node.inputs[i].name for i in node.signature.affine if i is not None]
+        stored = all(p in groups.traced.constants and groups.traced.facts.shapes.get(p) == shape[-1:] for p in places)
+        if stored and kept.site((node.node.outputs[0].name, len(shape) - 1)) is not None:
+            found.append(node)
+    return found
+
+
+def _last_moments(found: Iterable[NDArray[Any]]) -> tuple[Array, Array]:
+    """Mean and variance of the last axis."""
+    return channel_moments(f.reshape(-1, f.shape[-1], 1) for f in found)
 
 
 def _rescaled(weight: Array, moments: solve.Moments, cross: Array, of: NDArray[np.int64], damping: float) -> Array:

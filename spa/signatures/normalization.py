@@ -19,6 +19,8 @@ from spa.signatures.table import (
     signature,
 )
 
+CENTRED = frozenset({"LayerNormalization", "SkipLayerNormalization"})  # these take the mean off, and have a bias
+
 
 @signature("BatchNormalization", "SpatialBN")
 def batch_normalization(node: NodeView) -> Signature | Refusal:
@@ -85,7 +87,9 @@ def _layer(node: NodeView, data: int, skips: tuple[int, ...], scales: tuple[int,
     )
     reduced: Operand = tuple(One() if i >= axis else Dim(n) for i, n in enumerate(names))
     outputs = tuple(whole if i == 0 or i in sums else reduced for i in range(len(node.outputs)))
-    return Signature(inputs, outputs, {"r": STAT, "a": MAP})
+    scale = scales[0] if len(node.inputs) > scales[0] and node.present[scales[0]] else None
+    bias = scales[1] if len(node.inputs) > scales[1] and node.present[scales[1]] and node.op in CENTRED else None
+    return Signature(inputs, outputs, {"r": STAT, "a": MAP}, affine=None if scale is None else (scale, bias))
 
 
 @signature("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")

@@ -155,6 +155,7 @@ class Signature:
     setting_cause: str = "is read as a setting"
     linear: tuple[Linear, ...] = ()  # the linear maps in it, by their data operands
     moments: tuple[int, int] | None = None  # inputs that hold a stored mean and variance of input 0, a dim each channel
+    affine: tuple[int, int | None] | None = None  # inputs that hold the scale and bias of what a normalisation gives
 
     def __str__(self) -> str:
         def operand(axes: Operand) -> str:
