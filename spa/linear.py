@@ -89,12 +89,20 @@ class Layer:
         """(parts, columns) which columns are gone from under outputs that stay: a part that goes as a whole, as of a depthwise
         convolution, takes its outputs along and loses nothing.
         """
+        gone = self._gone(kept)
+        return np.asarray(gone & ~gone.all(axis=1, keepdims=True)) if self.parts > 1 else gone
+
+    def parts_gone(self, kept: Kept) -> NDArray[np.bool_]:
+        """(parts,) which parts go as a whole; data that have lost channels come without them."""
+        return np.asarray(self._gone(kept).all(axis=1) & (self.parts > 1))
+
+    def _gone(self, kept: Kept) -> NDArray[np.bool_]:
         gone = np.zeros((self.parts, self.columns), bool)
         for axis, positions in self.positions.items():
             keep = kept.site((self.data, axis))
             if keep is not None:
                 gone |= ~keep[positions]
-        return gone & ~gone.all(axis=1, keepdims=True) if self.parts > 1 else gone
+        return gone
 
     def coordinates(self, groups: Groups, start: int, stop: int) -> NDArray[np.int64]:
         """(parts, columns) the coordinate among start … stop - 1, counted from start, that each column goes with; -1 for none."""

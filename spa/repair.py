@@ -12,6 +12,7 @@ layer also makes good what its predecessors could not. `inputs="dense"` fits eac
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,7 +30,7 @@ from spa.errors import BadOption
 from spa.evidence import channel_moments, put, stored_norms, values
 from spa.feeds import Feeds
 from spa.fold import fold
-from spa.groups import Groups, Kept, find_groups
+from spa.groups import Group, Groups, Kept, find_groups
 from spa.linear import Layer, find_layers
 from spa.observe import Gram, Part, draw_rows, observe, parts_of
 from spa.offsets import Missing, Offset, Offsets
@@ -155,11 +156,11 @@ class _Work:
         self.kept = Kept(self.groups, self.gone)
         self.layers: list[Layer] = []
         self.skipped: dict[str, str] = {}
-        shared: dict[str, int] = {}
+        shared: dict[tuple[str, bytes], int] = {}
         for layer in find_layers(self.groups):
             if layer.removed(self.kept).any():
                 self.layers.append(layer)
-                shared[layer.place.name] = shared.get(layer.place.name, 0) + 1
+                shared[_elements(layer)] = shared.get(_elements(layer), 0) + 1
         self.shared = {n for n, count in shared.items() if count > 1}
         self.norms = _norms(self.groups, self.kept, self.layers) if options.measures else []
         self.scales = _scales(self.groups, self.kept) if options.measures else []
@@ -171,11 +172,16 @@ class _Work:
     def _note_skipped(self) -> None:
         """Sums over removed channels that are not among the layers."""
         seen = {id(layer.node) for layer in self.layers}
+        known = set(self.groups.traced.constants)
+        for node in self.groups.traced.nodes:
+            reads = [t.name for t in node.node.inputs if t.name]
+            if reads and known.issuperset(reads):
+                known.update(t.name for t in node.node.outputs)
         for node in self.groups.traced.nodes:
             signature = node.signature
             if signature is None or id(node.node) in seen or not signature.linear:
                 continue
-            stored = [t for t in node.node.inputs if t.name in self.groups.traced.constants]
+            stored = [t for t in node.node.inputs if t.name in known]
             lost = any(self.kept.dim(a) is not None for n, a in node.dims.items() if signature.kinds.get(n.split(".")[0]) is not None
                        and signature.kinds[n.split(".")[0]].name == "SUM")  # fmt: skip
             if stored and lost:
@@ -222,15 +228,16 @@ class _Work:
 
     # ------------------------------------------------------------------ each layer alone, on dense inputs
 
-    def fit_dense(self, batches: Sequence[Feeds], only: set[str] | None = None) -> None:
+    def fit_dense(self, batches: Sequence[Feeds], only: set[tuple[str, bytes]] | None = None) -> None:
         """Fits layers (of weights in `only`) to their dense outputs on dense inputs; weights that are shared, to all readers at once."""
-        wanted = [layer for layer in self.layers if only is None or layer.place.name in only]
-        waiting: dict[str, list[tuple[Layer, list[tuple[Part, solve.Moments]]]]] = {}
-        count = {n: sum(1 for x in wanted if x.place.name == n) for n in {x.place.name for x in wanted}}
+        wanted = [layer for layer in self.layers if only is None or _elements(layer) in only]
+        waiting: dict[tuple[str, bytes], list[tuple[Layer, list[tuple[Part, solve.Moments]]]]] = {}
+        count = Counter(map(_elements, wanted))
         for layer, moments in observe(self.model, self.groups, wanted, batches, count=len(batches), seed=self.seed):
-            waiting.setdefault(layer.place.name, []).append((layer, moments))
-            if len(waiting[layer.place.name]) == count[layer.place.name]:
-                self._fit_together(waiting.pop(layer.place.name))
+            key = _elements(layer)
+            waiting.setdefault(key, []).append((layer, moments))
+            if len(waiting[key]) == count[key]:
+                self._fit_together(waiting.pop(key))
 
     def _fit_together(self, same: list[tuple[Layer, list[tuple[Part, solve.Moments]]]]) -> None:
         layer = same[0][0]
@@ -294,7 +301,7 @@ class _Work:
         with Stepper(wide, types, fed) as dense, Stepper(thin, types, fed) as pruned:
             for node in self.groups.traced.nodes:
                 layer, norm = layers.get(id(node.node)), norms.get(id(node.node))
-                if layer is not None and self.fits and self.options.inputs == "pruned" and layer.place.name not in self.shared:
+                if layer is not None and self.fits and self.options.inputs == "pruned" and _elements(layer) not in self.shared:
                     self._fit_here(layer, dense.step([layer.data]), pruned.step([layer.data]))
                 if norm is not None:
                     value = norm.node.inputs[0].name
@@ -312,18 +319,20 @@ class _Work:
 
     def _fit_here(self, layer: Layer, dense: Sequence[Mapping[str, NDArray[Any]]], pruned: Sequence[Mapping[str, NDArray[Any]]]) -> None:
         removed, old = layer.removed(self.kept), self.matrices(layer)
-        parts = parts_of(layer)
+        there = ~layer.parts_gone(self.kept)
+        at = np.cumsum(there) - 1
+        parts = [p for p in parts_of(layer) if there[p.part]]
         grams = [Gram() for _ in parts]
         narrow = old.astype(np.float32)
         for number, (was, now) in enumerate(zip(dense, pruned, strict=True)):
             chosen = draw_rows(layer, was[layer.data].shape, number, 1 / len(dense), self.seed)
-            x, thin = rows(layer, was[layer.data], chosen), rows(layer, now[layer.data], chosen)
+            x, thin = rows(layer, was[layer.data], chosen), rows(layer, now[layer.data], chosen, int(there.sum()))
             for part, gram in zip(parts, grams, strict=True):
                 keep = ~removed[part.part]
                 whole = np.zeros(layer.columns, np.int64)
                 whole[keep] = np.arange(int(keep.sum()))
                 here = whole[part.columns[keep[part.columns]]]
-                inputs = thin[part.part][:, here]
+                inputs = thin[at[part.part]][:, here]
                 weight = narrow[part.part][:, part.columns]
                 seen = x[part.part][:, part.columns]
                 if self.options.target == "pruned":
@@ -373,7 +382,7 @@ class _Work:
         keep = np.ones(len(was[0]), bool) if keep is None else keep
         places = [node.node.inputs[i].name for i in node.signature.moments]
         mean, variance = self.array(places[0]), self.array(places[1])
-        mean[keep] += now[0] - was[0][keep]
+        mean[keep] = values(self.model.graph, places[0])[keep] + now[0] - was[0][keep]  # a constant put here is not in `now`
         dead = was[1][keep] <= 1e-12 * max(float(was[1].mean()), 1e-30)
         variance[keep] *= np.where(dead, 1.0, now[1] / np.where(dead, 1.0, was[1][keep]))
         for name in places:
@@ -464,13 +473,16 @@ def _traced_again(graph: gs.Graph, facts: Any, groups: Groups) -> Groups:
 
 def _carried(groups: Groups, gone: NDArray[np.bool_], again: Groups) -> NDArray[np.bool_]:
     """The same removal in groups that were traced again: they are told by the sites that both have."""
-    places = {site: g for g in again.groups for site in g.sites}
+    places: dict[tuple[str, int], list[Group]] = {}
+    for g in again.groups:
+        for site in g.sites:
+            places.setdefault(site, []).append(g)
     found = np.zeros(again.total, bool)
     for group in groups.groups:
         here = gone[group.coordinates]
         if not here.any():
             continue
-        match = next(g for s in group.sites if (g := places.get(s)) is not None and g.size == group.size and g.name == group.name)
+        match = next(g for s in group.sites for g in places.get(s, ()) if g.size == group.size and g.name == group.name)
         found[match.coordinates] = here
     return found
 
@@ -500,6 +512,11 @@ def _last_moments(found: Iterable[NDArray[Any]]) -> tuple[Array, Array]:
     return channel_moments(f.reshape(-1, f.shape[-1], 1) for f in found)
 
 
+def _elements(layer: Layer) -> tuple[str, bytes]:
+    """Equal for layers that read the same elements of a stored tensor."""
+    return layer.place.name, b"" if layer.place.index is None else layer.place.index.tobytes()
+
+
 def _rescaled(weight: Array, moments: solve.Moments, cross: Array, of: NDArray[np.int64], damping: float) -> Array:
     """The weight times one scale a channel, fitted to the target, with ridge towards one."""
     channels, inverse = np.unique(of, return_inverse=True)
@@ -508,9 +525,9 @@ def _rescaled(weight: Array, moments: solve.Moments, cross: Array, of: NDArray[n
     pick[np.arange(len(inverse)), inverse] = 1
     matrix = pick.T @ system @ pick
     right = pick.T @ (weight * cross).sum(axis=0)
-    step = damping * np.trace(matrix) / len(matrix)
-    matrix[np.diag_indices_from(matrix)] += step or 1.0
-    scale = 1 + np.linalg.solve(matrix, right - (matrix @ np.ones(len(matrix)) - step))
+    lower, _ = solve.factor(matrix, damping)
+    wanted = np.where(solve.dead(matrix), 0.0, right - matrix.sum(axis=1))
+    scale = 1 + solve.backward(lower, solve.forward(lower, wanted[:, None]))[:, 0]
     return np.asarray(weight * scale[inverse])
 
 

@@ -17,12 +17,12 @@ from spa.signatures.table import Window
 Data = NDArray[np.floating]
 
 
-def rows(layer: Layer, data: Data, chosen: NDArray[np.int64] | None = None) -> Data:
-    """(parts, rows, columns) of a layer's data, all rows or the chosen ones; `data` may have lost channels."""
+def rows(layer: Layer, data: Data, chosen: NDArray[np.int64] | None = None, parts: int | None = None) -> Data:
+    """(parts, rows, columns) of a layer's data, all rows or the chosen ones; `data` may have lost channels, or all but `parts` parts."""
     if layer.window is None:
         whole = layer.rows(data)
         return np.asarray(whole if chosen is None else whole[:, chosen])
-    return unfold(data, layer.window, layer.parts, chosen)
+    return unfold(data, layer.window, layer.parts if parts is None else parts, chosen)
 
 
 def row_count(layer: Layer, shape: Sequence[int]) -> int:

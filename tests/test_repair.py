@@ -212,8 +212,7 @@ def rank_of(name: str, data: bool = False) -> int:
     return 4 if name == "einsum, heads summed" and data else len(shape)
 
 
-CARRIED = "repair._carried looks groups up by site, but sites of products (group x channel, head x position) have several groups"
-kinds = [pytest.param(n, marks=pytest.mark.xfail(strict=True, reason=CARRIED)) if n == "conv transpose, grouped" else n for n in KINDS]
+kinds = list(KINDS)
 
 
 def of_the_layer(groups: spa.Groups) -> np.ndarray:
@@ -272,10 +271,9 @@ def test_errors_fall_on_data_that_were_not_fitted(name: str) -> None:
     assert none > bias > affine > obspa
 
 
-UNDAMPED = "repair._rescaled adds 1 to the diagonal where the damping is 0, but does not take it off on the other side"
 
 
-@pytest.mark.parametrize("inputs", ["dense", pytest.param("pruned", marks=pytest.mark.xfail(strict=True, reason=UNDAMPED))])
+@pytest.mark.parametrize("inputs", ["dense", "pruned"])
 @pytest.mark.parametrize("name", ["conv", "conv, grouped", "matmul, bias behind"])
 def test_scales_are_least_squares_too(name: str, inputs: str) -> None:
     """One factor a channel and part, and a constant an output: no others leave less."""
@@ -407,9 +405,8 @@ def heads_and_channels(groups: spa.Groups) -> np.ndarray:
     return gone_where(groups, lambda g: g.size != 4 or not any(v in ("wq", "wv") for v, _ in g.sites), 0.34)
 
 
-THIN = "repair._fit_here unfolds the pruned network's data with the dense layer's number of groups, which fails where groups went"
 trials = [
-    pytest.param(n, i, marks=pytest.mark.xfail(strict=True, reason=THIN)) if (n, i) == ("grouped", "pruned") else (n, i)
+    (n, i)
     for n in NETWORKS for i in ("dense", "pruned")
 ]  # fmt: skip
 
@@ -576,10 +573,8 @@ def test_a_channel_that_is_there_twice_goes_at_no_cost(inputs: str) -> None:
     np.testing.assert_allclose(new[:, 1], old[:, 1] + old[:, 6], atol=2e-3)
 
 
-SKIPPED = "repair._note_skipped wants an operand that is stored itself, so it misses weights that are computed from stored ones"
 
 
-@pytest.mark.xfail(strict=True, reason=SKIPPED)
 @pytest.mark.parametrize("inputs", ["dense", "pruned"])
 def test_what_cannot_be_repaired_is_said(inputs: str) -> None:
     body = "h = MatMul(x, w1) r = Relu(h) v = Mul(w, f) a = MatMul(r, v) b = MatMul(r, w3) y = Add(a, b)"
@@ -590,10 +585,8 @@ def test_what_cannot_be_repaired_is_said(inputs: str) -> None:
     assert dict(found.skipped) == {"a": "its weights are computed from others in a way that can't be inverted"}
 
 
-PACKED = "repair._fit_together takes all layers of one stored tensor for readers of the same elements, but these read their own parts of it"
 
 
-@pytest.mark.xfail(strict=True, reason=PACKED)
 @pytest.mark.parametrize("inputs", ["dense", "pruned"])
 def test_parts_of_one_stored_weight(inputs: str) -> None:
     """Query, key and value in one tensor that is split before the products: each is a layer of its own."""
@@ -606,7 +599,6 @@ def test_parts_of_one_stored_weight(inputs: str) -> None:
     assert error(found, model, data) == pytest.approx(error(same, whole, data), rel=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason=CARRIED)
 def test_new_biases_where_groups_are_factors() -> None:
     body = "a = Conv(x, w1) r = Relu(a) d = Conv <group=4, pads=[1,1,1,1]> (r, w2) q = Relu(d) y = Conv(q, w3)"
     model = net("float[n,3,7,7] x -> float[n,4,7,7] y", body, w1=(16, 3, 1, 1), w2=(16, 4, 3, 3), w3=(4, 16, 1, 1))
@@ -645,7 +637,6 @@ def stored_moments(groups: spa.Groups, model: Any) -> dict[str, tuple[np.ndarray
     return found
 
 
-TWICE = "where a norm's mean is the home of a layer's constant, repair._measure adds the change of the mean to one that has it already"
 
 
 def with_own_biases(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -659,7 +650,7 @@ def with_own_biases(model: onnx.ModelProto) -> onnx.ModelProto:
 
 @pytest.mark.parametrize("inputs", ["dense", "pruned"])
 @pytest.mark.parametrize("method", ["bias", "obspa"])
-@pytest.mark.parametrize("biases", [True, pytest.param(False, marks=pytest.mark.xfail(strict=True, reason=TWICE))])
+@pytest.mark.parametrize("biases", [True, False])
 def test_norms_see_what_they_saw(method: str, inputs: str, biases: bool) -> None:
     """Where stored moments are those of the data in the dense network, they are those of the data in the pruned one after repair."""
     model, shape = network("residual")
