@@ -155,12 +155,12 @@ def apply(
     calibration: given.Source = None, preprocess: given.Preprocess = None, tokenizer: given.Tokenizer = None,
     samples: given.Samples = 256, batch: given.Batch = 32, length: given.Length = None, labels: given.Labels = None,
     repair: given.Repair = None, damping: given.Damping = DAMPING, repair_inputs: given.RepairInputs = "pruned",
-    repair_target: given.RepairTarget = "dense", norms: given.Norms = "auto", repaired_out: given.RepairedOut = None,
+    repair_target: given.RepairTarget = "dense", no_norms: given.NoNorms = False, repaired_out: given.RepairedOut = None,
     as_json: given.Json = False, verbose: given.Verbose = False,
 ) -> int:
     """Remove what a plan says, prove that nothing else changed, and write the pruned model."""
     term = Terminal(as_json, verbose)
-    mending = given.repair_options(repair, calibration, damping, repair_inputs, repair_target, norms)
+    mending = given.repair_options(repair, calibration, damping, repair_inputs, repair_target, no_norms)
     written = _written(output, None, repaired_out)
     given.check_outputs(written, [model, plan_file, feeds])
     given.check_tolerance(tolerance)
@@ -192,12 +192,12 @@ def prune(
     tokenizer: given.Tokenizer = None, samples: given.Samples = 256, batch: given.Batch = 32, length: given.Length = None,
     labels: given.Labels = None, aggregate: given.Aggregate = None, normalize: given.Normalize = "mean", swaps: given.Swaps = 0,
     loss: given.Loss = "auto", repair: given.Repair = None, damping: given.Damping = DAMPING,
-    repair_inputs: given.RepairInputs = "pruned", repair_target: given.RepairTarget = "dense", norms: given.Norms = "auto",
+    repair_inputs: given.RepairInputs = "pruned", repair_target: given.RepairTarget = "dense", no_norms: given.NoNorms = False,
     repaired_out: given.RepairedOut = None, as_json: given.Json = False, verbose: given.Verbose = False,
 ) -> int:
     """Plan, remove, repair, prove, time, and write the pruned model and its plan."""
     term = Terminal(as_json, verbose)
-    mending = given.repair_options(repair, calibration, damping, repair_inputs, repair_target, norms)
+    mending = given.repair_options(repair, calibration, damping, repair_inputs, repair_target, no_norms)
     written = _written(output, given.plan_name(output) if plan_out is None else plan_out, repaired_out)
     given.check_outputs(written, [model, ratios, feeds])
     given.check_tolerance(tolerance)

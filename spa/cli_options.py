@@ -83,8 +83,7 @@ Damping = Annotated[float, typer.Option("--damping", help="Ridge of the repair, 
 RepairInputs = Annotated[str, typer.Option(
     "--repair-inputs", metavar="WHICH", help="pruned: as layers before left them; dense: each layer alone.")]
 RepairTarget = Annotated[str, typer.Option("--repair-target", metavar="WHICH", help="What layers are fitted to: dense or pruned.")]
-Norms = Annotated[str, typer.Option("--norms", metavar="WHEN", help="Whether BatchNorm's statistics are measured again: auto, yes, no.")]
-NORMS = {"auto": None, "yes": True, "no": False}
+NoNorms = Annotated[bool, typer.Option("--no-norms", help="Leave the statistics that BatchNorm stores as they were.")]
 RepairedOut = Annotated[Path | None, typer.Option(
     "--repaired-out", metavar="FILE", help="Also write the repaired model before the deletion, and its plan.", show_default=False)]
 MultipleOf = Annotated[str, typer.Option("--multiple-of", metavar="N|auto", help="Round widths; auto: what the CPU provider likes.")]
@@ -119,12 +118,10 @@ def check_tolerance(tolerance: float) -> float:
 
 
 def repair_options(
-    method: str | None, source: str | None, damping: float, inputs: str, target: str, norms: str
+    method: str | None, source: str | None, damping: float, inputs: str, target: str, no_norms: bool
 ) -> RepairOptions:
     """How to repair; by default all weights where there are data, and nothing where there are none. Raises BadOption."""
-    if norms not in NORMS:
-        raise BadOption(f"--norms is {norms!r}; the choice is: {', '.join(NORMS)}.")
-    chosen = RepairOptions(method or ("none" if source is None else "obspa"), inputs, target, damping, NORMS[norms])
+    chosen = RepairOptions(method or ("none" if source is None else "obspa"), inputs, target, damping, not no_norms)
     if chosen.method not in ("none", "fold") and source is None:
         raise BadOption(f"--repair {chosen.method} fits layers to data: give some with --calibration (none draws noise).")
     return chosen

@@ -57,21 +57,14 @@ class RepairOptions:
     inputs: "pruned" (as they are after the layers before were pruned and repaired) or "dense". target: "dense" (the dense layer's
     output) or "pruned" (the dense layer's weights on the inputs as they are). damping: λ over the mean variance of a layer's inputs.
     norms: whether stored means and variances behind repaired layers are measured again, as changes of what the dense network
-    gives on the same data (so noise does no harm); None: where the method leaves variances wrong.
+    gives on the same data (so noise does no harm).
     """
 
     method: str = "obspa"
     inputs: str = "pruned"
     target: str = "dense"
     damping: float = DAMPING
-    norms: bool | None = None
-
-    @property
-    def measures(self) -> bool:
-        """Whether norms are measured again. By default after folding and changes of constants alone, which leave variances as they fell;
-        a least-squares fit has its mean right, and scaling up what it explains would scale up its error.
-        """
-        return self.method in ("bias", "fold") if self.norms is None else self.norms
+    norms: bool = True
 
     def __post_init__(self) -> None:
         for name, value, choice in (("--repair", self.method, METHODS), ("--repair-inputs", self.inputs, ("pruned", "dense")),
@@ -137,7 +130,7 @@ def _folded(
     model: Model, groups: Groups, gone: NDArray[np.bool_], batches: Sequence[Feeds], options: RepairOptions, seed: int
 ) -> Repaired:
     """Merges instead of dropping; with data, the norms are measured again, else corrected from the weights alone."""
-    measure = bool(batches) and options.measures
+    measure = bool(batches) and options.norms
     found = fold(model, groups, gone, variance=not measure)
     if not measure:
         return Repaired(found.model, groups, gone, (), found.skipped, found.variances, found.changed)
@@ -162,8 +155,8 @@ class _Work:
                 self.layers.append(layer)
                 shared[_elements(layer)] = shared.get(_elements(layer), 0) + 1
         self.shared = {n for n, count in shared.items() if count > 1}
-        self.norms = _norms(self.groups, self.kept, self.layers) if options.measures else []
-        self.scales = _scales(self.groups, self.kept) if options.measures else []
+        self.norms = _norms(self.groups, self.kept, self.layers) if options.norms else []
+        self.scales = _scales(self.groups, self.kept) if options.norms else []
         self.stored: dict[str, Array] = {}
         self.reports: dict[str, LayerRepair] = {}
         self.measured = 0
