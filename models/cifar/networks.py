@@ -154,7 +154,7 @@ class Encoder(nn.Module):  # type: ignore[misc]
 class Vit(nn.Module):  # type: ignore[misc]
     """A vision transformer: a stem of two convolutions, patches of 4 x 4, mean over the tokens."""
 
-    def __init__(self, width: int = 96, depth: int = 6, heads: int = 3, hidden: int = 384) -> None:
+    def __init__(self, width: int = 64, depth: int = 4, heads: int = 2, hidden: int = 256) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, width // 2, 3, 2, 1), nn.GELU(), nn.Conv2d(width // 2, width, 3, 2, 1))
         self.position = nn.Parameter(torch.zeros(1, 64, width))
