@@ -124,8 +124,8 @@ class Bench:
 
     def _evidence(self, task: Task, analysis: api.Analysis, source: str, samples: int) -> Evidence:
         model, groups = analysis.normal.model, analysis.groups
-        if source == "none":
-            return gather(model, groups, None, seed=self.seed)
+        if source in ("none", "synthetic"):
+            return gather(model, groups, source, samples=samples, seed=self.seed)
         batches = task.calibration(samples) if source == "own" else task.other(samples)
         labelled = any("labels" in b for b in batches)
         return Evidence(source, batches, model, False, "labels" if labelled else None)
@@ -228,7 +228,7 @@ def main() -> None:
     parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"of {', '.join(TASKS)}; none: write table and plots of what is there")
     parser.add_argument("--criterion", default="l2,obspa-greedy")
     parser.add_argument("--repair", default="none,bias,affine,obspa")
-    parser.add_argument("--data", default="own,other,none")
+    parser.add_argument("--data", default="own,other,none", help="own, other (out of distribution), none (noise), synthetic")
     parser.add_argument("--scope", default="local")
     parser.add_argument("--ratio", default="0.3,0.5")
     parser.add_argument("--units", default="all", help="all, or kinds of groups such as heads+neurons")
