@@ -272,3 +272,31 @@ def residual(weight: Array, offset: Array, new_weight: Array, new_offset: Array,
     change = np.asarray(weight, np.float64) - new_weight
     shift = change @ moments.mean + offset - new_offset
     return float(max(((change @ moments.covariance) * change).sum(), 0.0) + shift @ shift)
+
+
+def rescale(weight: Array, moments: Moments, cross: Array, of: NDArray[np.int64], damping: float) -> Array:
+    """The kept weights times one scale a channel, fitted to a recorded target as `refit` is, with ridge towards one.
+
+    weight: (m, s) kept columns. moments: of their inputs. cross: (m, s) covariance of target and inputs. of: (s,) channel of each column.
+    """
+    channels, inverse = np.unique(of, return_inverse=True)
+    system = (weight.T @ weight) * moments.covariance
+    pick = np.zeros((len(inverse), len(channels)))
+    pick[np.arange(len(inverse)), inverse] = 1
+    matrix = pick.T @ system @ pick
+    right = pick.T @ (weight * cross).sum(axis=0)
+    lower, _ = factor(matrix, damping)
+    wanted = np.where(dead(matrix), 0.0, right - matrix.sum(axis=1))
+    scale = 1 + backward(lower, forward(lower, wanted[:, None]))[:, 0]
+    return np.asarray(weight * scale[inverse])
+
+
+def energy(weight: Array, moments: Moments) -> float:
+    """Variance of the output W x, summed over outputs."""
+    return float(((weight @ moments.covariance) * weight).sum())
+
+
+def left(weight: Array, offset: Array, moments: Moments, cross: Array, target: Array, variance: float) -> float:
+    """Mean of ‖target − W x − b‖² over the rows."""
+    shift = target - weight @ moments.mean - offset
+    return float(max(variance - 2 * (weight * cross).sum() + ((weight @ moments.covariance) * weight).sum(), 0.0) + shift @ shift)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import numpy_helper
+from onnx import helper, numpy_helper, parser
 from test_trace import ints, net
 
 import spa
@@ -752,7 +752,7 @@ def test_layers_that_are_solved_in_blocks(monkeypatch: pytest.MonkeyPatch, input
         assert len(set(wide.channels[0][block.columns])) == 8
     data, held_out = batches(shape), batches(shape, seed=7)
     whole = error(fixed(model, heads_and_channels, data, inputs=inputs), model, held_out)
-    for module in ("spa.observe", "spa.repair"):
+    for module in ("spa.observe", "spa.mending"):
         monkeypatch.setattr(f"{module}.parts_of", functools.partial(parts_of, largest=24))
     bias, blocks = (error(fixed(model, heads_and_channels, data, method=m, inputs=inputs), model, held_out) for m in ("bias", "obspa"))
     assert whole < blocks < bias
@@ -808,3 +808,26 @@ def test_repair_wants_data() -> None:
     plain = spa.apply(model, plan)
     with pytest.raises(BadOption, match="Nothing was repaired"):
         plain.save_repaired("nowhere.onnx")
+
+
+@pytest.mark.parametrize("inputs", ["dense", "pruned"])
+def test_a_tied_weight_stays_as_it_is(inputs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One table is embedding and head: fitting the head would change what tokens mean, so only a constant is fitted, and it says so."""
+    monkeypatch.setattr(sys.modules["spa.normalize"], "SHARED", 0)
+    rng = np.random.default_rng(5)
+    table, w = rng.standard_normal((20, 16)).astype(np.float32), rng.standard_normal((16, 16)).astype(np.float32)
+    graph = parser.parse_graph("g (int64[n,4] ids) => (float[n,4,20] y) { e = Gather(table, ids) h = MatMul(e, w) r = Relu(h) "
+                               "s = Add(e, r) t = Transpose<perm=[1,0]>(table) y = MatMul(s, t) }")
+    graph.initializer.extend([numpy_helper.from_array(table, "table"), numpy_helper.from_array(w, "w")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    analysis = spa.analyze(model)
+    group = next(g for g in analysis.groups.free() if ("table", 1) in g.sites)
+    gone = np.zeros(analysis.groups.total, bool)
+    gone[group.start : group.start + 5] = True
+    feeds = [{"ids": rng.integers(0, 20, (32, 4))} for _ in range(4)]
+    found = repair(analysis.normal.model, analysis.groups, gone, feeds, RepairOptions("obspa", inputs=inputs))
+    constants = found.groups.traced.constants
+    assert "table" in constants
+    stored = next(t for n in found.model.graph.nodes for t in n.inputs if t.name == "table")
+    assert np.array_equal(np.asarray(stored.values), table)
+    assert any("reads its weight too" in why for why in found.skipped.values())
