@@ -9,7 +9,7 @@ moments is that of DeepInversion, arXiv 1912.08795, and ZeroQ, 2001.00281, turne
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,8 @@ from spa.feeds import Feeds
 from spa.groups import Groups
 from spa.moved import place_of
 from spa.rewrite import copy_graph
-from spa.stepper import Stepper
+from spa.spill import Spill
+from spa.stepper import LIMIT, Stepper
 from spa.store import Model, with_graph
 from spa.trace import NodeTrace
 from spa.widen import widen
@@ -43,6 +44,7 @@ class Evidence:
     model: Model
     noise: bool
     labels: str | None = None
+    spill: Spill | None = field(default=None, repr=False, compare=False)  # the files of batches that do not fit into memory
 
     @property
     def samples(self) -> int:
@@ -65,9 +67,10 @@ def gather(model: Model, groups: Groups, source: Any, *, samples: int = SAMPLES,
     if isinstance(source, str) and source == MOMENTS:
         return Evidence("the norms' moments", (), model, True)
     opened = source if isinstance(source, Calibration) else calibration(source, groups.traced, seed=seed)
-    batches = list(opened)
+    spill = Spill(LIMIT)
+    batches = [{name: spill.keep(value) for name, value in batch.items()} for batch in opened]
     run = adapted(model, groups, [{k: v for k, v in b.items() if k != opened.labels} for b in batches]) if opened.noise else model
-    return Evidence(opened.name, batches, run, opened.noise, opened.labels)
+    return Evidence(opened.name, batches, run, opened.noise, opened.labels, spill)
 
 
 def stored_norms(groups: Groups) -> list[NodeTrace]:

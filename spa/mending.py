@@ -54,6 +54,7 @@ class Work:
         self.norms = Norms(self, self.layers, options.norms)
         self.stored: dict[str, Array] = {}
         self.reports: dict[str, LayerRepair] = {}
+        self.few: dict[str, None] = {}
         self._note_skipped()
 
     def _note_skipped(self) -> None:
@@ -138,6 +139,8 @@ class Work:
             every = [m[number][1] for _, m in same]
             total = sum(m.count for m in every)
             pooled = solve.Moments(total, every[0].mean, np.asarray(sum(m.count / total * m.covariance for m in every)))
+            if pooled.count < len(at):
+                self.few[layer.name] = None
             fitted, _ = self._solved(self._method(layer), weight, pooled, lost, layer.channels[part.part][at])
             new[part.part][:, at] = fitted
             for i, moments in enumerate(every):
@@ -239,6 +242,8 @@ class Work:
             weight = old[part.part][:, part.columns]
             moments = gram.moments()
             cross, target, variance = gram.target()
+            if moments.count < len(moments.mean):
+                self.few[layer.name] = None
             of = layer.channels[part.part][part.columns]
             fitted, offset = self._refitted(self._method(layer), weight, moments, cross, target, lost, of)
             new[part.part][:, part.columns] = fitted
@@ -274,7 +279,7 @@ class Work:
         for name, array in self.stored.items():
             put(graph, name, array)
         model, reports = with_graph(self.model, graph), tuple(self.reports.values())
-        return Repaired(model, self.groups, self.gone, reports, self.skipped, self.norms.measured, frozenset(self.stored))
+        return Repaired(model, self.groups, self.gone, reports, self.skipped, self.norms.measured, frozenset(self.stored), tuple(self.few))
 
 
 def _elements(layer: Layer) -> tuple[str, bytes]:

@@ -61,7 +61,7 @@ class Repaired:
     """The dense model with repaired weights, its groups and the plan's mask over them (new biases are places too), and what was done.
 
     skipped: layers that lose channels and could not be repaired, with the reason. norms: how many norms were measured again.
-    changed: stored tensors that hold other values now.
+    changed: stored tensors that hold other values now. thin: layers that were fitted on fewer rows than they have columns.
     """
 
     model: Model
@@ -71,3 +71,4 @@ class Repaired:
     skipped: Mapping[str, str]
     norms: int
     changed: frozenset[str] = frozenset()
+    thin: tuple[str, ...] = ()

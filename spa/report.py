@@ -194,13 +194,16 @@ def repair(repaired: Repaired, *, limit: int | None = LIMIT) -> RenderableType:
     lines = [table(title, head, rows, limit=limit)]
     if skipped:
         lines.append(table(f"Not repaired: {count_of(len(skipped), 'layer')}", ("layer", "because"), skipped, limit=limit))
+    if repaired.thin and any(repaired.thin):
+        few = f"{count_of(len(repaired.thin), 'layer')} had fewer rows of data than columns to fit: give more with --samples\n"
+        lines.append(Text(few, style="yellow"))
     return Lines(*lines)
 
 
 def repair_data(repaired: Repaired) -> dict[str, Any]:
     """The repair with exact numbers."""
     layers = [{"name": r.name, "removed": r.removed, "columns": r.columns, "before": r.before, "after": r.after} for r in repaired.layers]
-    return {"layers": layers, "skipped": dict(repaired.skipped), "norms": repaired.norms}
+    return {"layers": layers, "skipped": dict(repaired.skipped), "norms": repaired.norms, "too_few_rows": list(repaired.thin)}
 
 
 def groups_table(groups: Sequence[Group], *, limit: int | None = LIMIT) -> RenderableType:

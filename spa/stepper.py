@@ -7,15 +7,11 @@ nodes read; above a limit they wait in files.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx import ModelProto, helper
@@ -23,6 +19,7 @@ from onnx import ModelProto, helper
 from spa.check import session
 from spa.errors import UnsupportedModel
 from spa.feeds import Feeds
+from spa.spill import Spill
 from spa.store import Model, with_graph
 from spa.trace import outer_values
 from spa.view import type_of
@@ -94,20 +91,19 @@ class Stepper:
     """
 
     def __init__(self, model: Model, types: Mapping[str, int], batches: Iterable[Feeds], *, limit: int = LIMIT, threads: int = 0) -> None:
-        self.model, self.types, self.limit, self.threads = model, types, limit, threads
+        self.model, self.types, self.threads = model, types, threads
         names = {t.name for t in model.graph.inputs}
-        self._folder: Path | None = None
         self._held: list[dict[str, NDArray[Any]]] = [{k: v for k, v in b.items() if k in names} for b in batches]
         self._left = list(model.graph.nodes)
-        self._bytes = sum(v.nbytes for held in self._held for v in held.values())
+        self._spill = Spill(limit)
+        self._spill.used = sum(v.nbytes for held in self._held for v in held.values())
 
     def __enter__(self) -> Stepper:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._held.clear()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        self._spill.close()
 
     def step(self, values: Sequence[str]) -> list[dict[str, NDArray[Any]]]:
         """Values of every batch; nodes that only served them are done with."""
@@ -134,34 +130,18 @@ class Stepper:
         part = tapped(self.model, self.model.graph, sorted(there), outputs, self.types)
         opened = session(part, threads=self.threads)
         inputs = [i.name for i in opened.get_inputs()]
-        for number, held in enumerate(self._held):
+        for held in self._held:
             try:
                 results = opened.run(outputs, {n: held[n] for n in inputs})
             except Exception as error:  # onnxruntime raises classes of its own for each status
                 words = str(error).splitlines()[0]
                 raise UnsupportedModel(f"ONNX Runtime does not run the model on the calibration data: {words}") from error
             for name, value in zip(outputs, results, strict=True):
-                held[name] = self._kept(value, number, name)
+                held[name] = self._spill.keep(value)
         self._left = rest
-
-    def _kept(self, value: NDArray[Any], batch: int, name: str) -> NDArray[Any]:
-        if self._bytes + value.nbytes <= self.limit or value.nbytes < 1 << 16:
-            self._bytes += value.nbytes
-            return value
-        if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="spa-values-"))
-        path = self._folder / f"{abs(hash(name))}-{batch}.npy"
-        np.save(path, value)
-        return np.asarray(np.load(path, mmap_mode="r"))
 
     def _forget(self) -> None:
         later = {n for node in self._left for n in _reads(node)}
         for held in self._held:
             for name in [n for n in held if n not in later]:
-                value = held.pop(name)
-                base = value.base if value.base is not None else value
-                filed = getattr(base, "filename", None) or getattr(value, "filename", None)
-                if filed is None or Path(filed).parent != self._folder:  # inputs may be files of the caller
-                    self._bytes -= value.nbytes
-                else:
-                    Path(filed).unlink(missing_ok=True)
+                self._spill.drop(held.pop(name))

@@ -77,10 +77,10 @@ def test_only_what_later_nodes_read_is_held() -> None:
         stepper.step(["u"])
         assert set(stepper._held[0]) == {"u", "z"}
         size = sum(v.nbytes for held in stepper._held for v in held.values())
-        assert stepper._bytes == size
+        assert stepper._spill.used == size
         stepper.step(["y"])
         assert set(stepper._held[0]) == set()
-        assert stepper._bytes == 0
+        assert stepper._spill.used == 0
 
 
 def test_nothing_is_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
