@@ -153,6 +153,9 @@ def plan(
     evidence = evidence_for(analysis, calibration, seed=seed, stage=stage) if needs or swaps else None
     if evidence is None and swaps:
         raise BadOption("--swaps compares errors on data: give some with --calibration (none draws noise).")
+    if evidence is not None and not evidence.batches:
+        way_out = "use --calibration synthetic or none"
+        raise BadOption(f"Criterion {criterion!r} and --swaps look at inputs, and the norms' moments are none: {way_out}.")
     data = None if evidence is None else Data(evidence.model, evidence.batches, loss, evidence.labels)
     relative = normalize == "energy"
     with stage("scoring"):

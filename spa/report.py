@@ -194,7 +194,7 @@ def repair(repaired: Repaired, *, limit: int | None = LIMIT) -> RenderableType:
     lines = [table(title, head, rows, limit=limit)]
     if skipped:
         lines.append(table(f"Not repaired: {count_of(len(skipped), 'layer')}", ("layer", "because"), skipped, limit=limit))
-    if repaired.thin and any(repaired.thin):
+    if repaired.thin:
         few = f"{count_of(len(repaired.thin), 'layer')} had fewer rows of data than columns to fit: give more with --samples\n"
         lines.append(Text(few, style="yellow"))
     return Lines(*lines)
