@@ -261,11 +261,7 @@ def test_moments_are_for_constants(folder: Path, method: str | None) -> None:
     refused(folder, "prune", "norms.onnx", "-o", "s.onnx", "--calibration", "moments", *extra, says="are for --repair bias")
 
 
-@pytest.mark.parametrize("criterion", [
-    "obspa", "taylor",
-    pytest.param("flap", marks=pytest.mark.xfail(strict=True, reason="no batches, and an IndexError at views.py")),
-    pytest.param("amp", marks=pytest.mark.xfail(strict=True, reason="no batches, and an IndexError at views.py")),
-])  # fmt: skip
+@pytest.mark.parametrize("criterion", ["obspa", "taylor", "flap", "amp"])
 def test_moments_are_not_for_criteria(folder: Path, criterion: str) -> None:
     if criterion == "taylor":
         pytest.importorskip("torch")
