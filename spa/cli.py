@@ -133,7 +133,8 @@ def plan(
 ) -> int:
     """Decide what goes, and write it down without touching the model."""
     term = Terminal(as_json, verbose)
-    given.check_outputs({"--output": output}, [model, ratios])
+    reads = given.data_files({"--output": output}, calibration, preprocess, tokenizer)
+    given.check_outputs({"--output": output}, [model, ratios, *reads])
     options = _options(ratio, scope, criterion, multiple_of, keep_at_least, include, exclude, ratios, normalize)
     analysis = _analysis(term, model, inputs, protect_outputs, not no_stat, outputs={"--output": output})
     evidence = _evidence(term, analysis, calibration, preprocess, tokenizer, samples, batch, length, labels, seed)
@@ -160,9 +161,9 @@ def apply(
 ) -> int:
     """Remove what a plan says, prove that nothing else changed, and write the pruned model."""
     term = Terminal(as_json, verbose)
-    mending = given.repair_options(repair, calibration, damping, repair_inputs, repair_target, no_norms)
+    mending = given.repair_options(repair, calibration, damping, repair_inputs, repair_target, no_norms, repaired_out)
     written = _written(output, None, repaired_out)
-    given.check_outputs(written, [model, plan_file, feeds])
+    given.check_outputs(written, [model, plan_file, feeds, *given.data_files(written, calibration, preprocess, tokenizer)])
     given.check_tolerance(tolerance)
     decided = load_plan(plan_file)
     opened = _opened(term, model, written)
@@ -197,9 +198,9 @@ def prune(
 ) -> int:
     """Plan, remove, repair, prove, time, and write the pruned model and its plan."""
     term = Terminal(as_json, verbose)
-    mending = given.repair_options(repair, calibration, damping, repair_inputs, repair_target, no_norms)
+    mending = given.repair_options(repair, calibration, damping, repair_inputs, repair_target, no_norms, repaired_out)
     written = _written(output, given.plan_name(output) if plan_out is None else plan_out, repaired_out)
-    given.check_outputs(written, [model, ratios, feeds])
+    given.check_outputs(written, [model, ratios, feeds, *given.data_files(written, calibration, preprocess, tokenizer)])
     given.check_tolerance(tolerance)
     options = _options(ratio, scope, criterion, multiple_of, keep_at_least, include, exclude, ratios, normalize)
     opened = _opened(term, model, written)
@@ -252,6 +253,9 @@ def _evidence(
 ) -> Evidence | None:
     """The calibration data, read; None where none are asked for."""
     if source is None:
+        for option, value in {"--preprocess": preprocess, "--tokenizer": tokenizer, "--length": length, "--labels": labels}.items():
+            if value is not None:
+                raise BadOption(f"{option} says how calibration data are read: give some with --calibration.")
         return None
     if source in (SYNTHETIC, MOMENTS):
         with term.stage("making calibration data"):

@@ -118,10 +118,12 @@ def check_tolerance(tolerance: float) -> float:
 
 
 def repair_options(
-    method: str | None, source: str | None, damping: float, inputs: str, target: str, no_norms: bool
+    method: str | None, source: str | None, damping: float, inputs: str, target: str, no_norms: bool, repaired_out: Path | None
 ) -> RepairOptions:
     """How to repair; by default all weights where there are data, and nothing where there are none. Raises BadOption."""
     chosen = RepairOptions(method or ("none" if source is None else "obspa"), inputs, target, damping, not no_norms)
+    if chosen.method == "none" and repaired_out is not None:
+        raise BadOption("Nothing was repaired, so there is nothing to write to --repaired-out: ask for a repair with --repair obspa.")
     if chosen.method not in ("none", "fold") and source is None:
         raise BadOption(f"--repair {chosen.method} fits layers to data: give some with --calibration (none draws noise).")
     return chosen
@@ -199,6 +201,14 @@ def _check_feed(path: Path, tensor: gs.Tensor, array: np.ndarray[Any, Any]) -> N
 def shapes_of(feeds: Feeds | None) -> dict[str, list[int]]:
     """The shapes that feeds give the inputs."""
     return {name: list(array.shape) for name, array in (feeds or {}).items()}
+
+
+def data_files(outputs: Mapping[str, Path | None], *sources: str | None) -> list[str]:
+    """What may be read for calibration, as far as an output could destroy it: files, and files in folders."""
+    found = [s for s in sources if s is not None and os.path.isfile(s)]
+    folders = [Path(os.path.realpath(s)) for s in sources if s is not None and os.path.isdir(s)]
+    targets = [t for t in outputs.values() if t is not None and os.path.exists(t)]
+    return found + [os.fspath(t) for t in targets if any(f in Path(os.path.realpath(t)).parents for f in folders)]
 
 
 def check_outputs(outputs: Mapping[str, Path | None], sources: Sequence[str | os.PathLike[str] | None]) -> None:

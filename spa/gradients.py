@@ -93,9 +93,12 @@ def weight_saliency(
         samples = [s for batch in batches for s in _samples(graph, batch)][:most]
         squares = _mean((_squares(_gradient(network, goal, s)) for s in samples), len(samples))
         return _alive(network, _result(network, {n: network.parameters[n].detach() * g for n, g in squares.items()}))
-    gradient = _mean((_gradient(network, goal, batch) for batch in batches), len(batches))
+    sizes = [_batch_size(graph, batch) for batch in batches]  # losses are means over their batch
+    parts = zip(sizes, batches, strict=True)
+    gradient = _mean((_times(_gradient(network, goal, batch), size) for size, batch in parts), sum(sizes))
     if method in ("grasp", "crop"):
-        gradient = _mean((_curved(network, goal, batch, gradient) for batch in batches), len(batches))
+        curved = (_times(_curved(network, goal, batch, gradient), size) for size, batch in zip(sizes, batches, strict=True))
+        gradient = _mean(curved, sum(sizes))
     return _alive(network, _result(network, gradient))
 
 
@@ -198,8 +201,12 @@ def _squares(gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {n: g * g for n, g in gradient.items()}
 
 
+def _times(gradient: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
+    return {n: g * factor for n, g in gradient.items()}
+
+
 def _mean(parts: Iterator[dict[str, Tensor]], count: int) -> dict[str, Tensor]:
-    """Mean of gradients, of which two are in memory at a time."""
+    """Sum of gradients over `count`; two are in memory at a time."""
     total: dict[str, Tensor] = {}
     for part in parts:
         total = {n: total[n] + g if n in total else g for n, g in part.items()}

@@ -48,10 +48,11 @@ def score(
     values = np.full(groups.total, np.nan)
     instead = []
     views = GroupViews(graph, groups, way, seed, data)
+    plain = GroupViews(graph, groups, "sum", seed, None)
     for group, found in _by_layer(views, entry, chosen, relative) if entry.per == "layer" else _by_group(views, entry, chosen, relative):
         if found is None:
             instead.append(group.name)
-            found = np.sqrt(views.of(group).powers(2))
+            found = np.sqrt(plain.of(group).powers(2))
         found = np.asarray(found, np.float64)
         if found.shape != (group.size,):
             raise BadModel(f"Criterion {criterion!r} gave {found.shape} scores for {group.size} coordinates of {group.name}.")

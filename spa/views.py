@@ -86,6 +86,8 @@ class GroupViews:
 
     def _view(self, layer: Layer, group: Group) -> LayerView:
         of = layer.coordinates(self.groups, group.start, group.start + group.size)
+        whole = (of >= 0).all(axis=1) & (of == of[:, :1]).all(axis=1)
+        of[whole] = -1  # a part that goes as a whole takes its outputs along: nothing is lost in it (depthwise convolutions)
         return LayerView(group.size, self._weight(layer), of, layer)
 
     def layer_views(self, chosen: Sequence[Group], needs: str, relative: bool) -> Iterator[tuple[int, LayerView]]:

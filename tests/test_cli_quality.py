@@ -276,19 +276,16 @@ def test_repaired_out_keeps_inputs_and_outputs(folder: Path) -> None:
     refused(folder, *arguments, "nowhere/r.onnx", says="there is no folder")
 
 
-@pytest.mark.xfail(strict=True, reason="the pruned model and its plan are written before --repaired-out is refused")
 @pytest.mark.parametrize("options", [[], ["--calibration", "d.npz", "--repair", "none"]])
 def test_nothing_repaired_is_nothing_to_write(folder: Path, options: list[str]) -> None:
     refused(folder, "prune", "m.onnx", "-o", "s.onnx", *QUICK, *options, "--repaired-out", "r.onnx", says="Nothing was repaired")
 
 
-@pytest.mark.xfail(strict=True, reason="check_outputs is not told of the calibration data, and they are overwritten")
 @pytest.mark.parametrize("option", [["-o", "d.npz"], ["-o", "s.onnx", "--repaired-out", "d.npz"]])
 def test_an_output_never_destroys_calibration_data(folder: Path, option: list[str]) -> None:
     refused(folder, "prune", "m.onnx", *QUICK, "--calibration", "d.npz", *option, says="read from")
 
 
-@pytest.mark.xfail(strict=True, reason="options of calibration data are taken in silence where there are none")
 @pytest.mark.parametrize("option", [["--tokenizer", "t.json"], ["--preprocess", "imagenet"], ["--labels", "y"]])
 def test_options_of_data_without_data(folder: Path, option: list[str]) -> None:
     refused(folder, "prune", "m.onnx", *QUICK, "-o", "s.onnx", *option, says="--calibration")

@@ -283,7 +283,6 @@ def test_a_channel_that_is_there_twice_goes_first(criterion: str) -> None:
         assert np.argmin(found) in (2, 7)
 
 
-@pytest.mark.xfail(strict=True, reason="a part that goes as a whole takes its outputs along (Layer.removed), but they count as an error")
 @pytest.mark.parametrize("criterion", ["obs", "obspa"])
 def test_a_depthwise_convolution_loses_nothing(criterion: str) -> None:
     body = "a = Conv(x, w1, b1) r = Relu(a) d = Conv <group=6, pads=[1,1,1,1]> (r, w2) y = Conv(d, w3)"
@@ -515,8 +514,7 @@ GRADIENT_MEANS = ("taylor", "taylor-sum", "snip", "grasp", "crop")
 @pytest.mark.parametrize("criterion, cuts", [
     *itertools.product([*GRADIENT_MEANS, "fisher", "entropy-taylor"], [(12, 12), (1,) * 24]),
     *itertools.product(["fisher", "entropy-taylor"], [(7, 1, 16)]),
-    *(pytest.param(c, (7, 1, 16), marks=pytest.mark.xfail(strict=True, reason="each batch counts the same, however few samples it holds"))
-      for c in GRADIENT_MEANS),
+    *((c, (7, 1, 16)) for c in GRADIENT_MEANS),
     pytest.param("synflow", (12, 12), marks=pytest.mark.xfail(strict=True, reason="R is summed over the first batch, not of one input")),
 ])  # fmt: skip
 def test_batches_do_not_matter_to_gradients(criterion: str, cuts: tuple[int, ...]) -> None:
@@ -701,9 +699,6 @@ def test_unknown_names() -> None:
 LAYERED = [n for n in criteria.names() if criteria.get(n).needs in ("vectors", "projections", "covariances")]
 
 
-NOT_AS_L2 = pytest.mark.xfail(strict=True, reason="l2 in place of a criterion takes its --aggregate, which is not that of l2")
-
-
 @pytest.mark.parametrize("criterion", LAYERED)
 def test_groups_that_no_layer_sums_over(criterion: str) -> None:
     """Width of queries and keys, whose product holds no weights."""
@@ -716,8 +711,7 @@ def test_groups_that_no_layer_sums_over(criterion: str) -> None:
     assert list(plan.groups["wq:1"]["kept"]) == [np.argmax(norms)]
 
 
-@pytest.mark.parametrize("criterion", [
-    pytest.param(n, marks=() if criteria.get(n).aggregate == "sum" else NOT_AS_L2) for n in LAYERED])  # fmt: skip
+@pytest.mark.parametrize("criterion", LAYERED)
 def test_l2_in_place_of_a_criterion(criterion: str) -> None:
     analysis = spa.analyze(attention())
     graph, at = analysis.normal.model.graph, analysis.groups.by_name["wq:1"].coordinates
