@@ -32,6 +32,7 @@ Array = NDArray[np.float64]
 LARGEST = 6144  # columns of one system; what has more is solved in blocks
 MEMORY = 2 << 30  # bytes of matrices that are gathered in one pass
 ROWS_A_COLUMN = 20  # at least, where the data have them
+OUTLIER = 30.0  # times the energy that nine of ten rows stay below; what has more counts as if it had this
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,9 @@ def draw_rows(layer: Layer, shape: Sequence[int], batch: int, samples_left: floa
 class Gram:
     """Adds up rows (r, d), and targets (r, m) if there are any, into means and covariances.
 
-    Products are taken in float32 of rows less the first batch's mean, so that little cancels when the mean is taken off.
+    Products are taken in float32 of rows less the first batch's mean, so that little cancels when the mean is taken off. Language models
+    have tokens, often the first, whose activations are thousands of times those of all others (attention sinks): in a sum of squares
+    they would be all that counts. Such rows weigh less (`OUTLIER`).
     """
 
     def __init__(self) -> None:
@@ -108,16 +111,19 @@ class Gram:
             if y is not None:
                 self.other = y.mean(axis=0, dtype=np.float64).astype(y.dtype)
                 self.cross, self.target_sum = np.zeros((y.shape[1], x.shape[1])), np.zeros(y.shape[1])
+        weights = _weights(x if y is None else y)
         x = x - self.shift
-        self.count += len(x)
-        self.sum += x.sum(axis=0, dtype=np.float64)
-        self.square += x.T @ x
+        heavy = x if weights is None else x * weights
+        self.count += len(x) if weights is None else float(weights.sum(dtype=np.float64))
+        self.sum += heavy.sum(axis=0, dtype=np.float64)
+        self.square += heavy.T @ x
         if y is not None:
             assert self.other is not None
             y = y - self.other
-            self.cross += y.T @ x
-            self.target_sum += y.sum(axis=0, dtype=np.float64)
-            self.target_square += float(np.einsum("ij,ij->", y, y, dtype=np.float64))
+            self.cross += y.T @ heavy
+            y_heavy = y if weights is None else y * weights
+            self.target_sum += y_heavy.sum(axis=0, dtype=np.float64)
+            self.target_square += float(np.einsum("ij,ij->", y_heavy, y, dtype=np.float64))
 
     def moments(self) -> Moments:
         """Mean and covariance of the rows."""
@@ -132,6 +138,15 @@ class Gram:
         mean, other = self.sum / self.count, self.target_sum / self.count
         variance = self.target_square / self.count - float(other @ other)
         return self.cross / self.count - np.outer(other, mean), other + self.other, max(variance, 0.0)
+
+
+def _weights(rows_: NDArray[Any]) -> NDArray[Any] | None:
+    """(r, 1) weights below one for rows of outlying energy; None if there are none."""
+    energy = np.einsum("ij,ij->i", rows_, rows_)
+    limit = OUTLIER * float(np.quantile(energy, 0.9)) if len(energy) else 0.0
+    if not limit or not energy.max() > limit:
+        return None
+    return np.asarray(np.minimum(1, limit / np.maximum(energy, limit))[:, None], rows_.dtype)
 
 
 @dataclass

@@ -240,3 +240,18 @@ def test_data_of_another_batch_than_that_of_tracing() -> None:
     data = [*batches((7, 3, 8, 8), 2), {"x": batches((2, 3, 8, 8), 1)[0]["x"]}]
     found = {x.place.name: m for x, m in observe(running, groups, layers, data, count=3)}
     assert found["w"][0][1].count == 16
+
+
+def test_a_few_huge_rows_do_not_decide() -> None:
+    """Attention sinks: one row in five hundred with a million times the energy; nine of ten rows set the measure."""
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((1024, 6)).astype(np.float32)
+    y = x @ rng.standard_normal((6, 4)).astype(np.float32)
+    plain, sunk = Gram(), Gram()
+    plain.add(x, y)
+    x[::512], y[::512] = 1000 * rng.standard_normal(6), 1000 * rng.standard_normal(4)
+    sunk.add(x, y)
+    assert np.allclose(sunk.moments().covariance, plain.moments().covariance, atol=3)  # not 2000
+    assert np.allclose(sunk.target()[1], plain.target()[1], atol=0.5)
+    assert sunk.count < 1024
+    assert plain.count == 1024
