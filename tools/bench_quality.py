@@ -201,9 +201,8 @@ def plot(rows: list[Row], folder: Path, stem: str) -> list[Path]:
             for row in every:
                 if row.data == source:
                     lines.setdefault((row.criterion, row.repair, row.scope), []).append(row)
-            ranked = sorted(lines.items(), key=lambda item: -float(np.mean([r.score for r in item[1]])))
-            if not TASKS[task].higher_is_better:
-                ranked = ranked[::-1]
+            sign = -1 if TASKS[task].higher_is_better else 1
+            ranked = sorted(lines.items(), key=lambda item: (-len(item[1]), sign * float(np.mean([r.score for r in item[1]]))))
             for number, (label, points) in enumerate(ranked[:10]):
                 points = sorted(points, key=lambda r: r.macs)
                 name = ", ".join(p for p in label if p != "local")

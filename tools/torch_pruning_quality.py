@@ -45,7 +45,11 @@ def pruned(
 def _weights(path: Path, network: Any) -> dict[str, Any]:
     """The trained weights by the names of torch, which the export keeps."""
     torch = need("torch")
-    stored = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in onnx.load(path).graph.initializer}
+    graph = onnx.load(path).graph
+    stored = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in graph.initializer}
+    for node in graph.node:  # equal tensors are one initializer, and Identity gives them their other names
+        if node.op_type == "Identity" and node.input[0] in stored:
+            stored[node.output[0]] = stored[node.input[0]]
     names = set(network.state_dict())
     missing = {n for n in names if "num_batches" not in n} - set(stored)
     if missing:
