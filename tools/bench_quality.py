@@ -33,6 +33,7 @@ from spa.repair import RepairOptions
 UNITS = {  # what is pruned where a task does not prune everything: --include patterns
     "minilm": {"heads": (32, 12), "neurons": (1536, 10)},
     "smollm2": {"neurons": (1536, 8)},
+    "vit": {"neurons": (256, 12)},
 }
 
 
@@ -152,7 +153,10 @@ def patterns(analysis: api.Analysis, name: str, units: str) -> tuple[str, ...]:
     if units == "all":
         return ()
     wanted = [UNITS[name][u] for u in units.split("+")]
-    return tuple(g.name for g in analysis.groups.free() if (g.size, len(g.sites)) in wanted)
+    found = tuple(g.name for g in analysis.groups.free() if (g.size, len(g.sites)) in wanted)
+    if not found:
+        raise SystemExit(f"{name} has no groups of the kind {units}: {sorted({(g.size, len(g.sites)) for g in analysis.groups.free()})}")
+    return found
 
 
 def read(path: Path) -> Iterator[Row]:
