@@ -17,6 +17,7 @@ from spa.groups import Group, Groups, find_groups
 from spa.masking import masked
 from spa.normalize import normalize
 from spa.plan import Plan, load_plan, make_plan
+from spa.repair import Repaired, RepairOptions
 from spa.rewrite import rewrite
 from spa.score import score
 from spa.signatures import FIXED, MAP, STAT, SUM, signature
@@ -44,6 +45,8 @@ __all__ = [
     "NothingToPrune",
     "Options",
     "Plan",
+    "RepairOptions",
+    "Repaired",
     "Result",
     "SpaError",
     "UnsupportedModel",

@@ -29,6 +29,7 @@ from spa.refine import refined
 from spa.repair import Repaired, RepairOptions, repair
 from spa.rewrite import CannotRestate, rewrite
 from spa.score import score
+from spa.solve import DAMPING
 from spa.stages import Stage, collector_paused, quiet
 from spa.store import Model, load, save, to_proto, with_graph
 from spa.trace import trace
@@ -132,6 +133,7 @@ def plan(
     normalize: str = "mean",
     swaps: int = 0,
     loss: str = "auto",
+    damping: float = DAMPING,
     stage: Stage = quiet,
 ) -> Plan:
     """Decides what goes.
@@ -142,6 +144,7 @@ def plan(
     stat: whether axes that a normalisation runs over may shrink. calibration: data for criteria that look at any: a `Calibration`, an
     `Evidence` or what `spa.calibration` takes. aggregate, normalize: how scores of a group's layers are put together, and made comparable
     between groups. swaps: rounds of exchanging removed for kept channels while the error after repair falls. loss: for gradients.
+    damping: ridge of the errors that are estimated, over the mean variance of a layer's inputs.
     Raises SpaError; NothingToPrune if nothing would go.
     """
     options = Options(ratio, scope, multiple_of, keep_at_least, tuple(include), tuple(exclude), dict(ratios or {}), normalize)
@@ -156,7 +159,7 @@ def plan(
     if evidence is not None and not evidence.batches:
         way_out = "use --calibration synthetic or none"
         raise BadOption(f"Criterion {criterion!r} and --swaps look at inputs, and the norms' moments are none: {way_out}.")
-    data = None if evidence is None else Data(evidence.model, evidence.batches, loss, evidence.labels)
+    data = None if evidence is None else Data(evidence.model, evidence.batches, loss, evidence.labels, damping)
     relative = normalize == "energy"
     with stage("scoring"):
         scores = score(analysis.normal.model.graph, groups, criterion, seed=seed, data=data, aggregate=aggregate, relative=relative)
@@ -183,8 +186,9 @@ def plan(
         "seed": seed,
     }
     if evidence is not None:
-        chosen |= {"calibration": evidence.name, "samples": evidence.samples}
-        chosen |= {"aggregate": aggregate, "normalize": normalize, "swaps": swaps}
+        chosen |= {"calibration": evidence.name, "samples": evidence.samples, "swaps": swaps, "loss": loss, "damping": damping}
+    if evidence is not None or aggregate is not None or normalize != "mean":
+        chosen |= {"aggregate": aggregate, "normalize": normalize}
     return make_plan(analysis.given, groups, gone, copies=analysis.normal.copies, options=chosen, trace=analysis.settings, notes=notes)
 
 
@@ -329,6 +333,7 @@ def prune(
         normalize=normalize,
         swaps=swaps,
         loss=loss,
+        damping=repair.damping if isinstance(repair, RepairOptions) else DAMPING,
         stage=stage,
     )
     return apply(

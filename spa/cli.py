@@ -129,7 +129,8 @@ def plan(
     no_stat: given.NoStat = False, seed: given.Seed = 0, inputs: given.Inputs = None, calibration: given.Source = None,
     preprocess: given.Preprocess = None, tokenizer: given.Tokenizer = None, samples: given.Samples = 256, batch: given.Batch = 32,
     length: given.Length = None, labels: given.Labels = None, aggregate: given.Aggregate = None, normalize: given.Normalize = "mean",
-    swaps: given.Swaps = 0, loss: given.Loss = "auto", as_json: given.Json = False, verbose: given.Verbose = False,
+    swaps: given.Swaps = 0, loss: given.Loss = "auto", damping: given.Damping = DAMPING, as_json: given.Json = False,
+    verbose: given.Verbose = False,
 ) -> int:
     """Decide what goes, and write it down without touching the model."""
     term = Terminal(as_json, verbose)
@@ -138,7 +139,7 @@ def plan(
     options = _options(ratio, scope, criterion, multiple_of, keep_at_least, include, exclude, ratios, normalize)
     analysis = _analysis(term, model, inputs, protect_outputs, not no_stat, outputs={"--output": output})
     evidence = _evidence(term, analysis, calibration, preprocess, tokenizer, samples, batch, length, labels, seed)
-    decided = _decided(term, analysis, options, criterion, seed, evidence, aggregate, swaps, loss)
+    decided = _decided(term, analysis, options, criterion, seed, evidence, aggregate, swaps, loss, damping)
     decided.save(output)
     groups = analysis.groups
     before, after = count(groups), count(groups, mask_of(decided, groups))
@@ -208,7 +209,7 @@ def prune(
     shapes = {**given.shapes_of(fed), **given.read_shapes(inputs or (), opened)}
     analysis = api.analyze(opened, inputs=shapes, protect_outputs=protect_outputs, stat=not no_stat, stage=term.stage)
     evidence = _evidence(term, analysis, calibration, preprocess, tokenizer, samples, batch, length, labels, seed)
-    decided = _decided(term, analysis, options, criterion, seed, evidence, aggregate, swaps, loss)
+    decided = _decided(term, analysis, options, criterion, seed, evidence, aggregate, swaps, loss, damping)
     result = api.apply(analysis, decided, check=not no_check, seed=seed, feeds=fed, tolerance=tolerance, repair=mending,
                        calibration=evidence, stage=term.stage)
     timing = None if no_bench else _timing(term, result, fed, seed, threads)
@@ -286,12 +287,13 @@ def _analysis(
 
 def _decided(
     term: Terminal, analysis: api.Analysis, options: Options, criterion: str, seed: int, evidence: Evidence | None, aggregate: str | None,
-    swaps: int, loss: str,
+    swaps: int, loss: str, damping: float,
 ) -> spa.Plan:
     return api.plan(
         analysis, options.ratio, criterion=criterion, scope=options.scope, multiple_of=options.multiple_of,
         keep_at_least=options.keep_at_least, include=options.include, exclude=options.exclude, ratios=options.ratios, seed=seed,
-        calibration=evidence, aggregate=aggregate, normalize=options.normalize, swaps=swaps, loss=loss, stage=term.stage,
+        calibration=evidence, aggregate=aggregate, normalize=options.normalize, swaps=swaps, loss=loss, damping=damping,
+        stage=term.stage,
     )
 
 

@@ -79,7 +79,7 @@ Labels = Annotated[str | None, typer.Option(
     "--labels", metavar="NAME", help="Entry of the data that holds labels, for losses.", show_default=False)]
 Repair = Annotated[str | None, typer.Option(
     "--repair", metavar="METHOD", help="none, bias, affine, obspa or fold; obspa where --calibration is given.", show_default=False)]
-Damping = Annotated[float, typer.Option("--damping", help="Ridge of the repair, over the mean variance of a layer's inputs.")]
+Damping = Annotated[float, typer.Option("--damping", help="Ridge of repair and of errors, over the mean variance of a layer's inputs.")]
 RepairInputs = Annotated[str, typer.Option(
     "--repair-inputs", metavar="WHICH", help="pruned: as layers before left them; dense: each layer alone.")]
 RepairTarget = Annotated[str, typer.Option("--repair-target", metavar="WHICH", help="What layers are fitted to: dense or pruned.")]

@@ -7,7 +7,6 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from spa import select
-from spa.criteria.curvature import DAMPING
 from spa.groups import Groups
 from spa.views import Data, GroupViews
 
@@ -23,5 +22,5 @@ def refined(
         for index, layers in views.systems(chunk, False).items():
             group = groups.groups[index]
             systems = [s for layer in layers for s in layer.systems]
-            found[group.coordinates] = select.swap(systems, gone[group.coordinates], damping=DAMPING, rounds=rounds)
+            found[group.coordinates] = select.swap(systems, gone[group.coordinates], damping=data.damping, rounds=rounds)
     return found

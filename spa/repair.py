@@ -22,7 +22,8 @@ from spa.feeds import Feeds
 from spa.fold import fold
 from spa.groups import Groups
 from spa.mending import Work
-from spa.repair_options import DAMPING, METHODS, LayerRepair, Repaired, RepairOptions
+from spa.repair_options import METHODS, LayerRepair, Repaired, RepairOptions
+from spa.solve import DAMPING
 from spa.store import Model
 
 

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from spa.errors import BadOption
 from spa.groups import Groups
+from spa.solve import DAMPING
 from spa.store import Model
 
 METHODS = ("none", "bias", "affine", "obspa", "fold")
-DAMPING = 0.01
 
 
 @dataclass(frozen=True)

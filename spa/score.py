@@ -35,13 +35,14 @@ def score(
     Raises BadModel for weights that hold NaN, BadOption where data are missing.
     """
     entry = criteria.get(criterion)
-    if entry.needs and entry.needs != "gradients" and data is None:
-        raise BadOption(f"Criterion {criterion!r} looks at what channels carry: give data with --calibration (none draws noise).")
-    if entry.needs == "gradients" and data is None:
-        raise BadOption(f"Criterion {criterion!r} needs gradients on data: give data with --calibration (none draws noise).")
+    if entry.needs and data is None:
+        why = "needs gradients on data" if entry.needs == "gradients" else "looks at what channels carry"
+        raise BadOption(f"Criterion {criterion!r} {why}: give data with --calibration (none draws noise).")
     if relative and entry.needs != "covariances":
         raise BadOption(f"--normalize energy goes with criteria that estimate errors of outputs (obs, obspa), not with {criterion!r}.")
-    way = aggregate or entry.aggregate
+    if aggregate is not None and entry.aggregate is None:
+        raise BadOption(f"--aggregate joins scores of tensors or layers, but {criterion!r} scores a group as one: leave it out.")
+    way = aggregate or entry.aggregate or "sum"
     if way not in criteria.AGGREGATES:
         raise BadOption(f"--aggregate is {way!r}; the choice is: {', '.join(criteria.AGGREGATES)}.")
     chosen = list(groups.free() if only is None else only)

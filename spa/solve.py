@@ -33,6 +33,8 @@ from spa.errors import BadOption
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
+DAMPING = 0.01  # of the mean variance: SparseGPT's and the SPA authors' prototype's
+
 _DEAD = 1e-14  # of the mean variance: float32 activations cannot vary less
 _LEAF = 64  # below this, triangular systems go to LAPACK; above, they are split and go to matrix products
 _LEAST = 1e-13  # damping that is tried first where none was asked for

@@ -36,12 +36,13 @@ BLOCK = 4 << 20  # elements that are scored at a time, which bounds memory
 
 @dataclass(frozen=True)
 class Data:
-    """What criteria that look at data are given: the normalised model and batches for it, and the loss for gradients."""
+    """What criteria that look at data are given: the normalised model and batches for it, the loss for gradients, the ridge for errors."""
 
     model: Model
     batches: Sequence[Feeds]
     loss: str = "auto"
     labels: str | None = None
+    damping: float = solve.DAMPING
 
 
 class GroupViews:
@@ -49,12 +50,13 @@ class GroupViews:
 
     def __init__(self, graph: gs.Graph, groups: Groups, aggregate: str, seed: int, data: Data | None) -> None:
         self.graph, self.groups, self.aggregate, self.seed, self.data = graph, groups, aggregate, seed, data
+        self.damping = solve.DAMPING if data is None else data.damping
         self.sums = Sums(graph, groups)
         self._saliency: dict[str, Mapping[str, NDArray[np.floating]]] = {}
 
     def of(self, group: Group, layers: Sequence[LayerView] = ()) -> View:
         """The view of a group."""
-        return View(group.size, np.random.default_rng([self.seed, group.index]), self.seed, group, self, list(layers))
+        return View(group.size, np.random.default_rng([self.seed, group.index]), self.seed, self.damping, group, self, list(layers))
 
     def combine(self, found: Iterable[Array], size: int) -> Array:
         """One score of several."""
@@ -88,7 +90,7 @@ class GroupViews:
         of = layer.coordinates(self.groups, group.start, group.start + group.size)
         whole = (of >= 0).all(axis=1) & (of == of[:, :1]).all(axis=1)
         of[whole] = -1  # a part that goes as a whole takes its outputs along: nothing is lost in it (depthwise convolutions)
-        return LayerView(group.size, self._weight(layer), of, layer)
+        return LayerView(group.size, self._weight(layer), of, layer, self.damping)
 
     def layer_views(self, chosen: Sequence[Group], needs: str, relative: bool) -> Iterator[tuple[int, LayerView]]:
         """(group, layer) pairs with what the criterion needs, in an order that memory allows."""
@@ -234,6 +236,7 @@ class LayerView:
     weight: Array
     of: NDArray[np.int64]
     layer: Layer = field(repr=False)
+    damping: float = solve.DAMPING
     vectors: Vectors = field(default_factory=Vectors, repr=False)
     projections: Array = field(default_factory=lambda: np.zeros(0), repr=False)
     systems: tuple[select.Layer, ...] = ()
@@ -258,6 +261,7 @@ class View:
     size: int
     rng: np.random.Generator
     seed: int
+    damping: float
     group: Group
     views: GroupViews = field(repr=False)
     _layers: list[LayerView] = field(repr=False)

@@ -175,7 +175,14 @@ def test_greedy_on_noise(folder: Path) -> None:
     assert all(x["after"] < x["before"] for x in repaired["layers"])
     assert json.loads((folder / "s.plan.json").read_text())["options"]["criterion"] == "obspa-greedy"
     done("prune", *arguments, "-o", "t.onnx", "--swaps", "3")
-    done("prune", *arguments, "-o", "u.onnx", "--aggregate", "median", "--normalize", "energy", "--scope", "global")
+    done("prune", *arguments, "-o", "u.onnx", "--damping", "0.5", "--normalize", "energy", "--scope", "global")
+    assert json.loads((folder / "u.plan.json").read_text())["options"]["damping"] == 0.5
+
+
+@pytest.mark.parametrize("criterion", ["obspa-greedy", "random", "fold"])
+def test_groups_that_are_scored_as_one_are_not_aggregated(folder: Path, criterion: str) -> None:
+    refused(folder, "prune", "m.onnx", *QUICK, "--criterion", criterion, "--calibration", "none", "-o", "s.onnx", "--aggregate", "median",
+            says="scores a group as one")
 
 
 @pytest.mark.parametrize("options", [

@@ -10,25 +10,32 @@ from spa.criteria.registry import LayerView, Scores, criterion
 @criterion("activation", per="layer", needs="vectors", aggregate="mean")
 def activation(layer: LayerView) -> Scores:
     """Mean of |x| where the channel is read (Molchanov et al. 2017, arXiv 1611.06440, as mean activation)."""
-    return layer.per_channel(layer.vectors.magnitude)
+    return _mean(layer, layer.vectors.magnitude)
 
 
 @criterion("variance", per="layer", needs="vectors", aggregate="mean")
 def variance(layer: LayerView) -> Scores:
     """Var x where the channel is read, after the activation function (VBP, ICCV 2025): what is constant goes into the bias."""
-    return layer.per_channel(layer.vectors.variance)
+    return _mean(layer, layer.vectors.variance)
 
 
 @criterion("apoz", per="layer", needs="vectors", aggregate="mean")
 def apoz(layer: LayerView) -> Scores:
     """1 - the average percentage of zeros where the channel is read (Hu et al. 2016, arXiv 1607.03250)."""
-    counts = layer.per_channel(np.ones_like(layer.vectors.zeros))
-    return layer.per_channel(1 - layer.vectors.zeros) / np.maximum(counts, 1)
+    return _mean(layer, 1 - layer.vectors.zeros)
+
+
+def _mean(layer: LayerView, columns: Scores) -> Scores:
+    """Mean over the columns of each channel."""
+    return layer.per_channel(columns) / np.maximum(layer.per_channel(np.ones_like(columns)), 1)
 
 
 @criterion("wanda", per="layer", needs="vectors")
 def wanda(layer: LayerView) -> Scores:
-    """Mean over outputs of |W_ij| ‖x_j‖₂ (Sun et al. 2024, arXiv 2306.11695, eq. 1), summed over the channel's columns (Wanda-sp)."""
+    """Mean over outputs of |W_ij| ‖x_j‖₂ (Sun et al. 2024, arXiv 2306.11695, eq. 1), summed over the channel's columns (Wanda-sp).
+
+    ‖x_j‖₂ is over the square root of the number of rows, so that layers with more rows weigh no more.
+    """
     return layer.per_channel(np.abs(layer.weight).mean(axis=1) * np.sqrt(layer.vectors.square))
 
 
@@ -40,5 +47,5 @@ def flap(layer: LayerView) -> Scores:
 
 @criterion("amp", per="layer", needs="projections")
 def amp(layer: LayerView) -> Scores:
-    """Mean over rows of ‖x_c W_c‖₁: what a head or neuron adds to the output (AMP, IJCNN 2025; heads are projected first, then L1)."""
+    """Heads: mean over rows of ‖x_c W_c‖₁, what the head adds to the output. Channels of one column: mean of |x| (AMP, IJCNN 2025)."""
     return layer.projections

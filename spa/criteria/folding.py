@@ -22,7 +22,7 @@ from spa.criteria.registry import GroupView, Scores, Slice, criterion
 COLUMNS = 1 << 22  # elements of a tensor that are made float64 at a time
 
 
-@criterion("fold")
+@criterion("fold", aggregate=None)
 def fold(view: GroupView) -> Scores:
     """The step at which the channel's cluster is merged into another: the k lowest gone, the rest stand for k merges of Ward's method."""
     return ward(distances(view.slices(), view.size))

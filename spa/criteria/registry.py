@@ -71,6 +71,7 @@ class LayerView(Protocol):
     vectors: Vectors
     projections: Scores
     systems: Sequence[Any]
+    damping: float
 
     def per_channel(self, columns: NDArray[np.float64]) -> Scores:
         """(size,) sums over the columns of each channel; `columns` is (columns,) or (parts, columns)."""
@@ -82,6 +83,7 @@ class GroupView(Protocol):
     size: int
     rng: np.random.Generator
     seed: int
+    damping: float
 
     def powers(self, p: float) -> Scores:
         """(size,) sum of |w|^p over all weights of each coordinate, in every tensor of the group (DepGraph's group sum)."""
@@ -104,27 +106,30 @@ class GroupView(Protocol):
 
 @dataclass(frozen=True)
 class Criterion:
-    """An entry of the registry. needs: "" or what must be measured on calibration data. aggregate: the default of `--aggregate`."""
+    """An entry of the registry. needs: "" or what must be measured on calibration data. aggregate: the default of `--aggregate`; None
+    where the group is scored as one.
+    """
 
     name: str
     function: Callable[[Any], Scores]
     per: str = "group"
     needs: str = ""
-    aggregate: str = "sum"
+    aggregate: str | None = "sum"
 
 
 _REGISTRY: dict[str, Criterion] = {}
 
 
 def criterion(
-    name: str, *, per: str = "group", needs: str = "", aggregate: str = "sum"
+    name: str, *, per: str = "group", needs: str = "", aggregate: str | None = "sum"
 ) -> Callable[[Callable[[Any], Scores]], Callable[[Any], Scores]]:
     """Enters a criterion into the registry under a name for `--criterion`.
 
     per: "group" (called with a `GroupView`) or "layer" (with a `LayerView`, scores then aggregated). needs: "" (weights alone), "vectors",
-    "projections", "covariances" or "gradients". Raises BadOption for others.
+    "projections", "covariances" or "gradients". aggregate: how scores of tensors or layers are joined by default, None where they are not.
+    Raises BadOption for others.
     """
-    if per not in ("group", "layer") or needs not in NEEDS or aggregate not in AGGREGATES:
+    if per not in ("group", "layer") or needs not in NEEDS or not (aggregate in AGGREGATES or (aggregate is None and per == "group")):
         choices = f"needs one of {', '.join(map(repr, NEEDS))}, aggregate one of {', '.join(AGGREGATES)}"
         raise BadOption(f"Criterion {name!r}: per is 'group' or 'layer', {choices}.")
 

@@ -21,7 +21,7 @@ def l2(view: GroupView) -> Scores:
     return np.sqrt(view.powers(2))
 
 
-@criterion("random")
+@criterion("random", aggregate=None)
 def random(view: GroupView) -> Scores:
     """Uniform in [0, 1), from the seed and the group's place alone."""
     return view.rng.random(view.size)
