@@ -24,12 +24,17 @@ from spa.repair_options import LayerRepair, Repaired, RepairOptions
 from spa.rewrite import copy_graph, plan_removal, rewrite
 from spa.room import with_room
 from spa.rows import rows
+from spa.signatures import SUM
+from spa.signatures.table import dims_of, kind_of
 from spa.stepper import Stepper
 from spa.store import Model, with_graph
 from spa.trace import node_name
 from spa.widen import widen
 
 Array = NDArray[np.float64]
+
+COMPUTED = "its weights are computed from others in a way that can't be inverted"
+UNSEEN = "what these weights are multiplied with is not a value of the graph (a hidden state, a sampled window)"
 
 
 class Work:
@@ -45,7 +50,8 @@ class Work:
         self.layers: list[Layer] = []
         self.skipped: dict[str, str] = {}
         shared: dict[tuple[str, bytes], int] = {}
-        for layer in find_layers(self.groups):
+        self.every = list(find_layers(self.groups))
+        for layer in self.every:
             if layer.removed(self.kept).any():
                 self.layers.append(layer)
                 shared[_elements(layer)] = shared.get(_elements(layer), 0) + 1
@@ -58,22 +64,23 @@ class Work:
         self._note_skipped()
 
     def _note_skipped(self) -> None:
-        """Sums over removed channels that are not among the layers."""
-        seen = {id(layer.node) for layer in self.layers}
+        """Sums over removed channels with stored weights that no layer stands for: they were only cut, and it is said why."""
+        covered = {id(layer.node): {n for t in layer.data_terms or () for n in dims_of(t)} for layer in self.every}
         known = set(self.groups.traced.constants)
         for node in self.groups.traced.nodes:
             reads = [t.name for t in node.node.inputs if t.name]
             if reads and known.issuperset(reads):
                 known.update(t.name for t in node.node.outputs)
-        for node in self.groups.traced.nodes:
-            signature = node.signature
-            if signature is None or id(node.node) in seen or not signature.linear:
                 continue
-            stored = [t for t in node.node.inputs if t.name in known]
-            lost = any(self.kept.dim(a) is not None for n, a in node.dims.items() if signature.kinds.get(n.split(".")[0]) is not None
-                       and signature.kinds[n.split(".")[0]].name == "SUM")  # fmt: skip
-            if stored and lost:
-                self.skipped[node_name(node.node)] = "its weights are computed from others in a way that can't be inverted"
+            signature = node.signature
+            if signature is None:
+                continue
+            lost = {n for n, a in node.dims.items() if kind_of(signature, n) is SUM and self.kept.dim(a) is not None}
+            operands = [o for t, o in zip(node.node.inputs, signature.inputs, strict=False) if t.name in known]
+            weights = {n for o in operands for x in o or () for n in dims_of(x)}
+            if (lost & weights) - covered.get(id(node.node), set()):
+                hidden = id(node.node) in covered or not signature.linear
+                self.skipped[node_name(node.node)] = UNSEEN if hidden else COMPUTED
 
     # ------------------------------------------------------------------ reading and writing weights
 

@@ -16,6 +16,7 @@ from onnx import helper, numpy_helper, parser
 from test_trace import ints, net
 
 import spa
+from spa.check import run
 from spa.errors import BadOption
 from spa.evidence import adapted, channel_moments, gather, stored_norms, transplanted, values
 from spa.groups import Kept
@@ -24,6 +25,7 @@ from spa.observe import parts_of
 from spa.offsets import Offset, Offsets
 from spa.repair import Repaired, RepairOptions, repair
 from spa.rewrite import rewrite
+from spa.stepper import tapped
 from spa.store import to_bytes, to_proto, with_graph
 
 Feeds = dict[str, np.ndarray]
@@ -831,3 +833,66 @@ def test_a_tied_weight_stays_as_it_is(inputs: str, monkeypatch: pytest.MonkeyPat
     stored = next(t for n in found.model.graph.nodes for t in n.inputs if t.name == "table")
     assert np.array_equal(np.asarray(stored.values), table)
     assert any("reads its weight too" in why for why in found.skipped.values())
+
+
+def test_recurrent_weights_are_only_cut_and_it_is_said() -> None:
+    """Hidden units of an LSTM: the state that its recurrent weight reads is not a value of the graph; the layer behind is repaired."""
+    rng = np.random.default_rng(6)
+    model = net("float[5,n,6] x -> float[5,1,n,3] y",
+                "h, last, cell = LSTM <hidden_size=8> (x, w, r, b) y = MatMul(h, o)", w=(1, 32, 6), r=(1, 32, 8), b=(1, 64), o=(8, 3))
+    analysis = spa.analyze(model)
+    group = next(g for g in analysis.groups.free() if ("o", 0) in g.sites)
+    gone = np.zeros(analysis.groups.total, bool)
+    gone[group.start : group.start + 3] = True
+    feeds = [{"x": rng.standard_normal((5, 16, 6)).astype(np.float32)} for _ in range(4)]
+    found = repair(analysis.normal.model, analysis.groups, gone, feeds, RepairOptions("obspa"))
+    assert len(found.layers) == 1
+    assert [why for why in found.skipped.values() if "hidden state" in why]
+
+
+def test_depthwise_convolutions_are_not_called_skipped() -> None:
+    model = net("float[n,3,6,6] x -> float[n,4,6,6] y",
+                "a = Conv(x, w, b) d = Conv <group=6, pads=[1,1,1,1]> (a, k) y = Conv(d, o)",
+                w=(6, 3, 1, 1), b=(6,), k=(6, 1, 3, 3), o=(4, 6, 1, 1))
+    analysis = spa.analyze(model)
+    gone = np.zeros(analysis.groups.total, bool)
+    group = next(g for g in analysis.groups.free() if ("k", 0) in g.sites)
+    gone[group.start : group.start + 2] = True
+    feeds = [{"x": np.random.default_rng(i).standard_normal((8, 3, 6, 6)).astype(np.float32)} for i in range(3)]
+    assert not repair(analysis.normal.model, analysis.groups, gone, feeds, RepairOptions("obspa")).skipped
+
+
+@pytest.mark.parametrize("op", ["LayerNormalization", "RMSNormalization"])
+@pytest.mark.parametrize("method", ["bias", "fold"])
+def test_normalisations_over_pruned_channels_give_what_they_gave(op: str, method: str) -> None:
+    """Each kept channel behind the normalisation has its old mean and deviation again (LayerNorm), or root mean square (RMSNorm)."""
+    rng = np.random.default_rng(8)
+    bias = ", nb" if op == "LayerNormalization" else ""
+    more = {"nb": (12,)} if bias else {}
+    model = net("float[n,5,9] x -> float[n,5,4] y", f"e = MatMul(x, w1) n = {op} <axis=-1> (e, ns{bias}) y = MatMul(n, w2)",
+                opset=23, w1=(9, 12), ns=np.full(12, 1.5, np.float32), w2=(12, 4), **more)
+    analysis = spa.analyze(model)
+    group = next(g for g in analysis.groups.free() if ("w2", 0) in g.sites)
+    gone = np.zeros(analysis.groups.total, bool)
+    gone[group.start + 2 : group.start + 7] = True
+    mix = rng.standard_normal((9, 9))
+    feeds = [{"x": (rng.standard_normal((32, 5, 9)) @ mix + 1).astype(np.float32)} for _ in range(4)]
+
+    def behind(options: RepairOptions) -> np.ndarray:
+        found = repair(analysis.normal.model, analysis.groups, gone, feeds, options)
+        assert found.norms == (1 if options.norms else 0)
+        small = with_graph(found.model, rewrite(found.model.graph, found.groups, found.gone))
+        part = tapped(small, small.graph, ["x"], ["n"], found.groups.traced.facts.types)
+        return np.concatenate([run(part, f)["n"] for f in feeds]).reshape(-1, 7)
+
+    part = tapped(analysis.normal.model, analysis.normal.model.graph, ["x"], ["n"], analysis.groups.traced.facts.types)
+    keep = ~gone[group.coordinates]
+    dense = np.concatenate([run(part, f)["n"] for f in feeds]).reshape(-1, 12)[:, keep]
+    norm, plain = behind(RepairOptions(method)), behind(RepairOptions(method, norms=False))
+    if bias:
+        assert np.allclose(norm.mean(0), dense.mean(0), atol=1e-4)
+        assert np.allclose(norm.std(0), dense.std(0), rtol=1e-4)
+        assert not np.allclose(plain.std(0), dense.std(0), rtol=1e-2)
+    else:
+        assert np.allclose((norm**2).mean(0), (dense**2).mean(0), rtol=1e-4)
+        assert not np.allclose((plain**2).mean(0), (dense**2).mean(0), rtol=1e-2)
