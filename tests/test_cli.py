@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 import spa
 from spa import api, cli
 from spa.check import Check, Difference
-from spa.cli_options import plan_name, verdict
+from spa.commands.reading import plan_name
+from spa.commands.terminal import verdict
 
 
 def convnet(*, shape=(1, 3, 8, 8), seed=0, nan=False, width=32):

@@ -1,0 +1,89 @@
+"""`spa inspect`: the groups of a model, what one channel of each costs, what is frozen, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import networkx as nx
+import typer
+
+from spa import report
+from spa.choose import matches
+from spa.commands import options as given
+from spa.commands import reading
+from spa.commands.app import app
+from spa.commands.common import analysis_of
+from spa.commands.terminal import Terminal
+from spa.count import count
+from spa.errors import BadOption
+from spa.explain import dependency_graph, dot_text, explain, frozen_causes, near, path, printable_graph, sites_of
+from spa.files import replace_all
+from spa.groups import Group, Groups
+
+
+@app.command()
+def inspect(
+    model: given.ModelFile,
+    group: Annotated[str | None, typer.Option("--group", metavar="NAME", help="Show one group (or a glob) with its sites.")] = None,
+    explain_: Annotated[list[str] | None, typer.Option(
+        "--explain", metavar="VALUE[:AXIS]", help="Why it can or can't shrink; given twice: why the two are coupled.")] = None,
+    inputs: given.Inputs = None,
+    protect_outputs: given.Protect = True,
+    no_stat: given.NoStat = False,
+    graphml: Annotated[Path | None, typer.Option("--graphml", metavar="FILE", help="Write the dependency graph as GraphML.")] = None,
+    dot: Annotated[Path | None, typer.Option("--dot", metavar="FILE", help="Write the dependency graph as DOT, for Graphviz.")] = None,
+    as_json: given.Json = False,
+    verbose: given.Verbose = False,
+) -> int:
+    """Show the groups of a model, what one channel of each costs, what is frozen, and why."""
+    term = Terminal(as_json, verbose)
+    reading.check_outputs({"--graphml": graphml, "--dot": dot}, [model])
+    if len(explain_ or ()) > 2:
+        raise BadOption("--explain takes one value, or two to say why they are coupled.")
+    analysis = analysis_of(term, model, inputs, protect_outputs, not no_stat)
+    groups = analysis.groups
+    _export(groups, graphml, dot)
+    if explain_:
+        _explain(term, groups, explain_)
+    elif group is not None:
+        chosen = _named(groups, group)
+        term.show({"groups": [report.group_data(g) for g in chosen]}, *(report.group_details(g) for g in chosen))
+    else:
+        totals, causes = count(groups), frozen_causes(groups)
+        data = {"model": str(model), "sha256": analysis.given.sha256, "totals": report.counts_data(totals),
+                "groups": [report.group_data(g) for g in groups.groups], "frozen": [report.cause_data(c) for c in causes]}
+        term.show(data, report.totals(totals), report.groups_table(groups.free()), report.frozen(causes, totals))
+    return 0
+
+
+def _explain(term: Terminal, groups: Groups, texts: Sequence[str]) -> None:
+    if len(texts) == 1:
+        found = [explain(groups, site) for site in sites_of(groups, texts[0])]
+        term.show({"explanations": [report.explanation_data(e) for e in found]}, *map(report.explanation, found))
+        return
+    pairs = [(one, other) for one in sites_of(groups, texts[0]) for other in sites_of(groups, texts[1])]
+    ways = [(one, other, path(groups, one, other)) for one, other in pairs]
+    ways = [w for w in ways if w[2] is not None] or ways[:1]
+    data = [{"one": list(a), "other": list(b), "coupled": p is not None, "path": report.path_data(p)} for a, b, p in ways]
+    term.show({"couplings": data}, *(report.way(p, a, b) for a, b, p in ways))
+
+
+def _named(groups: Groups, name: str) -> list[Group]:
+    chosen = [g for g in groups.groups if g.name == name] or [g for g in groups.groups if matches([name], [g.name])]
+    if not chosen:
+        raise BadOption(f"--group: there is no group {name!r}{near(name, groups.by_name)}; `spa inspect` lists them.")
+    return chosen
+
+
+def _export(groups: Groups, graphml: Path | None, dot: Path | None) -> None:
+    if graphml is None and dot is None:
+        return
+    graph = dependency_graph(groups)
+    writes = []
+    if graphml is not None:
+        writes.append((graphml, ["\n".join(nx.generate_graphml(printable_graph(graph))).encode()]))
+    if dot is not None:
+        writes.append((dot, [dot_text(graph).encode()]))
+    replace_all(writes)

@@ -1,0 +1,64 @@
+"""The options that commands take, as typer reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ModelFile = Annotated[Path, typer.Argument(metavar="MODEL", help="An ONNX file.", show_default=False)]
+PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan made by `spa plan` or `spa prune`.", show_default=False)]
+Out = Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Where to write the pruned model.", show_default=False)]
+PlanOut = Annotated[Path, typer.Option("--output", "-o", metavar="PLAN", help="Where to write the plan.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object with exact numbers.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log every stage to stderr, and tracebacks of defects.")]
+Ratio = Annotated[float, typer.Option("--ratio", "-r", help="Share of the channels that goes, between 0 and 1.")]
+Scope = Annotated[str, typer.Option(
+    "--scope", metavar="SCOPE", help="local: same share each; global: one threshold; isomorphic: per shape.")]
+Criterion = Annotated[str, typer.Option("--criterion", metavar="NAME", help="What makes a channel worth keeping: l2, obspa, taylor, …")]
+Aggregate = Annotated[str | None, typer.Option(
+    "--aggregate", metavar="WAY", help="How scores of a group's layers are joined: sum, mean, median, max, prod.", show_default=False)]
+Normalize = Annotated[str, typer.Option(
+    "--normalize", metavar="WAY", help="How groups compare: none, sum, mean, max, standardize, energy.")]
+Swaps = Annotated[int, typer.Option("--swaps", min=0, help="Rounds of exchanging removed for kept channels.")]
+Loss = Annotated[str, typer.Option("--loss", metavar="NAME", help="For gradients: auto, cross-entropy, entropy or module:function.")]
+Source = Annotated[str | None, typer.Option(
+    "--calibration", metavar="SOURCE", help="Data: .npz, pictures, text, a folder, module:function; or none (noise), synthetic, moments.",
+    show_default=False)]
+Preprocess = Annotated[str | None, typer.Option(
+    "--preprocess", metavar="HOW", help="For pictures: imagenet, cifar10, lite0, …, a file, or size=224,mean=0.5.",
+    show_default=False)]
+Tokenizer = Annotated[str | None, typer.Option(
+    "--tokenizer", metavar="PATH", help="For text: a tokenizer.json or a Hugging Face folder.", show_default=False)]
+Samples = Annotated[int, typer.Option("--samples", min=1, help="Most calibration samples.")]
+Batch = Annotated[int, typer.Option("--batch", min=1, help="Samples in a batch, where the model leaves that free.")]
+Length = Annotated[int | None, typer.Option("--length", min=1, help="Tokens in a row of text.", show_default=False)]
+Labels = Annotated[str | None, typer.Option(
+    "--labels", metavar="NAME", help="Entry of the data that holds labels, for losses.", show_default=False)]
+Repair = Annotated[str | None, typer.Option(
+    "--repair", metavar="METHOD", help="none, bias, affine, obspa or fold; obspa where --calibration is given.", show_default=False)]
+Damping = Annotated[float, typer.Option("--damping", help="Ridge of repair and of errors, over the mean variance of a layer's inputs.")]
+RepairInputs = Annotated[str, typer.Option(
+    "--repair-inputs", metavar="WHICH", help="pruned: as layers before left them; dense: each layer alone.")]
+RepairTarget = Annotated[str, typer.Option("--repair-target", metavar="WHICH", help="What layers are fitted to: dense or pruned.")]
+NoNorms = Annotated[bool, typer.Option("--no-norms", help="Leave the statistics that BatchNorm stores as they were.")]
+RepairedOut = Annotated[Path | None, typer.Option(
+    "--repaired-out", metavar="FILE", help="Also write the repaired model before the deletion, and its plan.", show_default=False)]
+MultipleOf = Annotated[str, typer.Option("--multiple-of", metavar="N|auto", help="Round widths; auto: what the CPU provider likes.")]
+KeepAtLeast = Annotated[int, typer.Option("--keep-at-least", help="Channels that every group keeps.")]
+Include = Annotated[list[str] | None, typer.Option(
+    "--include", metavar="PATTERN", help="Only groups, nodes and values of this glob or /regex/.")]
+Exclude = Annotated[list[str] | None, typer.Option(
+    "--exclude", metavar="PATTERN", help="Not these; may be given more than once, like --include.")]
+Ratios = Annotated[Path | None, typer.Option("--ratios", metavar="FILE", help="YAML or TOML: pattern -> ratio of its own.")]
+Protect = Annotated[bool, typer.Option("--protect-outputs/--no-protect-outputs", help="Leave the outputs' axes whole.")]
+NoStat = Annotated[bool, typer.Option("--no-stat", help="Leave axes that a normalisation runs over.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="For random scores and drawn inputs.")]
+NoCheck = Annotated[bool, typer.Option("--no-check", help="Skip the proof that removing equals masking.")]
+Tolerance = Annotated[float, typer.Option("--tolerance", help="What the proof allows, relative to an output's scale.")]
+Inputs = Annotated[list[str] | None, typer.Option("--input", metavar="NAME:1x3x224x224", help="Shape of an input; repeatable.")]
+FeedsFile = Annotated[Path | None, typer.Option("--feeds", metavar="FILE.npz", help="Inputs for the proof and the timing, by name.")]
+NoBench = Annotated[bool, typer.Option("--no-bench", help="Do not measure latency.")]
+Threads = Annotated[int, typer.Option("--threads", min=0, help="Threads of the timing; 0: ONNX Runtime's choice.")]
+OtherWeights = Annotated[bool, typer.Option("--other-weights", help="Accept a model of the same graph with other weights.")]

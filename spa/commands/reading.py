@@ -1,0 +1,170 @@
+"""What the command line is given, checked and turned into what the API takes; and files that it may write."""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import yaml
+from onnx import helper
+
+from spa.errors import BadFile, BadOption
+from spa.feeds import Feeds
+from spa.files import check_target
+from spa.repair import RepairOptions
+from spa.store import Model
+
+
+def multiple_of(text: str) -> int | str:
+    """A whole number or "auto"; anything else is left for `spa.choose.Options` to refuse."""
+    return int(text) if re.fullmatch(r"-?\d+", text) else text
+
+
+def check_tolerance(tolerance: float) -> float:
+    """A finite number above zero. Raises BadOption."""
+    if not 0 < tolerance < np.inf:
+        raise BadOption(f"--tolerance is {tolerance}, but must be a number above 0, such as 1e-4.")
+    return tolerance
+
+
+def repair_options(
+    method: str | None, source: str | None, damping: float, inputs: str, target: str, no_norms: bool, repaired_out: Path | None
+) -> RepairOptions:
+    """How to repair; by default all weights where there are data, and nothing where there are none. Raises BadOption."""
+    chosen = RepairOptions(method or ("none" if source is None else "obspa"), inputs, target, damping, not no_norms)
+    if chosen.method == "none" and repaired_out is not None:
+        raise BadOption("Nothing was repaired, so there is nothing to write to --repaired-out: ask for a repair with --repair obspa.")
+    if chosen.method not in ("none", "fold") and source is None:
+        raise BadOption(f"--repair {chosen.method} fits layers to data: give some with --calibration (none draws noise).")
+    return chosen
+
+
+def read_ratios(path: Path | None) -> dict[str, float]:
+    """Pattern -> ratio, from a YAML or TOML file. Raises BadOption or BadFile."""
+    if path is None:
+        return {}
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = tomllib.loads(text) if path.suffix.lower() == ".toml" else yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadFile(f"The ratios file {path} can't be read: {_reason(error)}.") from error
+    except (tomllib.TOMLDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise BadOption(f"The ratios file {path} is neither YAML nor TOML: {' '.join(str(error).split())}.") from error
+    if not isinstance(found, Mapping) or not found:
+        raise BadOption(f"The ratios file {path} must map patterns to ratios, such as 'layer4.*: 0.7'.")
+    for pattern, ratio in found.items():
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float):
+            raise BadOption(f"The ratios file {path} gives {pattern!r} the ratio {ratio!r}, which is no number.")
+    return {str(k): float(v) for k, v in found.items()}
+
+
+def read_shapes(texts: Sequence[str], model: Model) -> dict[str, list[int]]:
+    """{input: shape} from NAME:1x3x224x224, or 1x3x224x224 where there is one input. Raises BadOption."""
+    names = [t.name for t in model.graph.inputs]
+    shapes: dict[str, list[int]] = {}
+    for text in texts:
+        name, _, sizes = text.rpartition(":")
+        if not re.fullmatch(r"\d+(x\d+)*|", sizes) or (not sizes and not name):
+            raise BadOption(f"--input {text!r} is not of the form name:1x3x224x224.")
+        if not name:
+            if len(names) != 1:
+                raise BadOption(f"--input {text!r} does not say which input it means: {', '.join(names)}.")
+            name = names[0]
+        if name in shapes:
+            raise BadOption(f"--input gives {name!r} two shapes.")
+        shapes[name] = [int(n) for n in sizes.split("x")] if sizes else []
+        if not all(shapes[name]):
+            raise BadOption(f"--input {text!r} has an axis of size 0, on which nothing can be proven.")
+    return shapes
+
+
+def read_feeds(path: Path | None, model: Model) -> Feeds | None:
+    """Inputs from an .npz file, checked against the model's. Raises BadFile or BadOption."""
+    if path is None:
+        return None
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if not isinstance(loaded, np.lib.npyio.NpzFile):
+            raise BadFile(f"The feeds file {path} is no .npz file; numpy.savez writes one.")
+        with loaded:
+            feeds = {name: loaded[name] for name in loaded.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise BadFile(f"The feeds file {path} can't be read as .npz: {_reason(error)}.") from error
+    for tensor in model.graph.inputs:
+        if tensor.name not in feeds:
+            raise BadOption(f"The feeds file {path} lacks input {tensor.name!r}; it has: {', '.join(feeds) or 'nothing'}.")
+        _check_feed(path, tensor, feeds[tensor.name])
+    return {t.name: feeds[t.name] for t in model.graph.inputs}
+
+
+def _check_feed(path: Path, tensor: gs.Tensor, array: np.ndarray[Any, Any]) -> None:
+    kind = tensor.dtype
+    wanted = np.dtype(helper.tensor_dtype_to_np_dtype(kind) if isinstance(kind, int) else kind) if kind is not None else array.dtype
+    if array.dtype != wanted and wanted.kind != "O":
+        raise BadOption(f"The feeds file {path} holds {array.dtype} for input {tensor.name!r}, which takes {wanted}.")
+    shape = list(tensor.shape) if tensor.shape is not None else list(array.shape)
+    fits = len(shape) == array.ndim and all(not isinstance(s, int) or s <= 0 or s == n for s, n in zip(shape, array.shape, strict=True))
+    if not fits:
+        raise BadOption(f"The feeds file {path} holds shape {array.shape} for input {tensor.name!r}, which is declared as {tuple(shape)}.")
+
+
+def shapes_of(feeds: Feeds | None) -> dict[str, list[int]]:
+    """The shapes that feeds give the inputs."""
+    return {name: list(array.shape) for name, array in (feeds or {}).items()}
+
+
+def data_files(outputs: Mapping[str, Path | None], *sources: str | None) -> list[str]:
+    """What may be read for calibration, as far as an output could destroy it: files, and files in folders."""
+    found = [s for s in sources if s is not None and os.path.isfile(s)]
+    folders = [Path(os.path.realpath(s)) for s in sources if s is not None and os.path.isdir(s)]
+    targets = [t for t in outputs.values() if t is not None and os.path.exists(t)]
+    return found + [os.fspath(t) for t in targets if any(f in Path(os.path.realpath(t)).parents for f in folders)]
+
+
+def check_outputs(outputs: Mapping[str, Path | None], sources: Sequence[str | os.PathLike[str] | None]) -> None:
+    """Refuses, before anything is computed, what could not be written or would destroy an input.
+
+    outputs: option -> file. sources: files that are read. Raises BadOption or BadFile.
+    """
+    kept = [os.fspath(s) for s in sources if s is not None]
+    seen: dict[Path, str] = {}
+    for option, target in outputs.items():
+        if target is None:
+            continue
+        try:
+            _check_output(option, target, kept)
+        except (OSError, ValueError) as error:
+            raise BadFile(f"{option} {target} can't be written: {_reason(error)}.") from error
+        place = Path(os.path.realpath(target))
+        if place in seen:
+            raise BadOption(f"{option} and {seen[place]} are the same file, {target}; give two names.")
+        seen[place] = option
+
+
+def _check_output(option: str, target: Path, sources: Sequence[str]) -> None:
+    folder = target.parent
+    if target.is_dir():
+        raise BadOption(f"{option} {target} is a folder; give the name of a file in it.")
+    if not folder.is_dir():
+        raise BadFile(f"{option} {target} can't be written: there is no folder {folder}; create it first.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise BadFile(f"{option} {target} can't be written: the folder {folder} may not be changed.")
+    if any(os.path.realpath(target) == os.path.realpath(s) for s in sources):
+        raise BadOption(f"{option} {target} is a file that is read from; give another name for the result.")
+    check_target(target, sources)
+
+
+def plan_name(output: Path) -> Path:
+    """Where the plan of a pruned model goes by default: small.onnx -> small.plan.json."""
+    return output.with_name(f"{output.stem if output.suffix else output.name}.plan.json")
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
