@@ -422,7 +422,7 @@ def test_a_timing_that_fails_is_a_word_on_stderr(folder, monkeypatch):
     def fails(*_, **__):
         raise RuntimeError("no time")
 
-    monkeypatch.setattr(cli, "race", fails)
+    monkeypatch.setattr("spa.commands.prune.race", fails)
     result = run("prune", "m.onnx", "-o", "s.onnx", "--json")
     assert result.exit_code == 0
     assert json.loads(result.stdout)["latency"] is None

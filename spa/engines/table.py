@@ -1,0 +1,101 @@
+"""The table of engines: what runs a model, told apart by name (`--provider cpu`, `--runtime ncnn`).
+
+An engine is one small adapter in a module of this package. Everything else (the proof, the timing, latency tables, the command line)
+asks the table and knows no engine by name.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from spa.errors import BadOption
+from spa.explain import near
+from spa.feeds import Feeds
+from spa.store import Model
+
+FLOAT32 = 1e-4  # of an output's scale
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is run. threads: 0 for the engine's own choice. options: the engine's own, by name."""
+
+    threads: int = 0
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the nodes of a loaded model run.
+
+    nodes: what took them -> how many (fused nodes count as the runtime counts them). fell_back: node -> why it is not on the engine that
+    was asked for. `proven` is False where the runtime does not say, which is no claim that it ran elsewhere.
+    """
+
+    nodes: Mapping[str, int]
+    fell_back: Mapping[str, str] = field(default_factory=dict)
+    proven: bool = True
+
+
+class Opened(Protocol):
+    """A model that is loaded and ready to run."""
+
+    placement: Placement
+
+    def run(self, feeds: Feeds) -> Feeds:
+        """All outputs by name; feeds that are no inputs are ignored. Raises UnsupportedModel if the engine fails."""
+
+    def bound(self, feeds: Feeds) -> Callable[[], None]:
+        """A call that runs once on inputs and outputs that already lie where the engine wants them: what is timed."""
+
+    def close(self) -> None:
+        """Gives back what it holds."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One thing that runs models.
+
+    name: as the command line spells it. kind: "provider" (of ONNX Runtime) or "runtime". load: a model that is ready; raises
+    UnsupportedModel with the engine's own words. missing: "" if it can be used here, else one sentence that says what to install.
+    version: of the runtime and of what it stands on. tolerances: ONNX element type -> what the proof allows, over an output's scale.
+    timed: "" if its times mean something, else why they must not be reported (an emulator, a simulator). apart: whether each model wants a
+    process of its own. thread_time: whether one thread does all the work, so that its CPU time is exact. block: channels in a block.
+    """
+
+    name: str
+    kind: str
+    load: Callable[[Model, Settings], Opened]
+    missing: Callable[[], str]
+    version: Callable[[], str]
+    tolerances: Mapping[str, float] = field(default_factory=lambda: {"float32": FLOAT32})
+    timed: str = ""
+    apart: bool = False
+    thread_time: bool = False
+    block: Callable[[], int] = lambda: 16
+
+
+ENGINES: dict[str, Engine] = {}
+_MODULES = ("cpu",)
+
+
+def engine(entry: Engine) -> Engine:
+    """Adds an engine to the table."""
+    ENGINES[entry.name] = entry
+    return entry
+
+
+def find(name: str, kind: str | None = None) -> Engine:
+    """The engine of that name, ready to be used. Raises BadOption, with the way out, if there is none or it is not installed."""
+    for module in _MODULES:
+        importlib.import_module(f"spa.engines.{module}")
+    names = [n for n, e in ENGINES.items() if kind in (None, e.kind)]
+    if name not in names:
+        raise BadOption(f"There is no {kind or 'engine'} {name!r}{near(name, names)}; the choice is: {', '.join(names)}.")
+    missing = ENGINES[name].missing()
+    if missing:
+        raise BadOption(missing)
+    return ENGINES[name]
