@@ -47,9 +47,12 @@ class Check:
         return bool(self.worst <= self.tolerance)
 
 
-def session(model: Model, *, threads: int = 0, optimize: bool = True, lean: bool = False) -> ort.InferenceSession:
+def session(
+    model: Model, *, threads: int = 0, optimize: bool = True, lean: bool = False, profile: str = "", optimized: Path | None = None
+) -> ort.InferenceSession:
     """An ONNX Runtime session on the CPU provider; `lean` saves memory at the cost of speed.
 
+    profile: prefix of the file that `end_profiling` writes. optimized: where the graph that will run is written, its weights beside it.
     Raises UnsupportedModel with the runtime's own words.
     """
     options = ort.SessionOptions()
@@ -57,6 +60,11 @@ def session(model: Model, *, threads: int = 0, optimize: bool = True, lean: bool
         options.add_session_config_entry("session.disable_prepacking", "1")  # else each weight is held twice
         options.enable_cpu_mem_arena = False
     options.log_severity_level = 4
+    if profile:
+        options.enable_profiling, options.profile_file_prefix = True, profile
+    if optimized is not None:
+        options.optimized_model_filepath = os.fspath(optimized)
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{optimized.name}.data")
     options.intra_op_num_threads = threads
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL

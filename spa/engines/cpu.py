@@ -17,7 +17,8 @@ class Session:
     """An open session."""
 
     def __init__(self, model: Model, settings: Settings) -> None:
-        self.session = session(model, threads=settings.threads)
+        self.session = session(model, threads=settings.threads, profile=settings.profile)
+        self.profiled = bool(settings.profile)
         self.placement = Placement({"CPUExecutionProvider": len(model.graph.nodes)})
 
     def run(self, feeds: Feeds) -> Feeds:
@@ -35,7 +36,9 @@ class Session:
         return call
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Nothing to give back; a profile is written."""
+        if self.profiled:
+            self.session.end_profiling()
 
 
 CPU = engine(Engine("cpu", "provider", Session, lambda: "", lambda: f"onnxruntime {ort.__version__}", thread_time=True,

@@ -21,10 +21,15 @@ FLOAT32 = 1e-4  # of an output's scale
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model is run. threads: 0 for the engine's own choice. options: the engine's own, by name."""
+    """How a model is run.
+
+    threads: 0 for the engine's own choice. options: the engine's own, by name. profile: where ONNX Runtime's providers write what each
+    node took, as PROFILE_….json when the model is closed ("" for nowhere); what is no provider ignores it.
+    """
 
     threads: int = 0
     options: Mapping[str, str] = field(default_factory=dict)
+    profile: str = ""
 
 
 @dataclass(frozen=True)
