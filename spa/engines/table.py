@@ -84,7 +84,7 @@ class Engine:
 
 
 ENGINES: dict[str, Engine] = {}
-_MODULES = ("cpu",)
+_MODULES = ("cpu", "openvino_native", "tract")
 
 
 def engine(entry: Engine) -> Engine:
