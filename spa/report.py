@@ -25,6 +25,7 @@ from spa.explain import Cause, Explanation, Part, Path, site_name
 from spa.explain import printable as printable
 from spa.groups import Group, Site
 from spa.plan import Plan
+from spa.ratios import FASTER, SLOWER
 from spa.repair import Repaired
 from spa.trace import Reason
 
@@ -128,7 +129,9 @@ def comparison(before: Counts, after: Counts, *, sizes: tuple[int, int] | None =
     add("peak activation memory", before.peak_bytes, after.peak_bytes, lambda n: amount(n, "B"))
     if race:
         old, new = race.laps
-        rows.append(("latency, ONNX Runtime CPU", duration(old.median), duration(new.median), f"{100 * new.ratio:.1f} %"))
+        what = f"latency on {race.provider}, {'CPU' if race.primary == 'cpu' else 'wall'} time"
+        said = "" if new.verdict in ("", FASTER, SLOWER) else f" ({new.verdict})"
+        rows.append((what, duration(old.median), duration(new.median), f"{100 * new.ratio:.1f} %{said}"))
     return table("Before and after", ("", ">before", ">after", ">left"), rows)
 
 
@@ -288,14 +291,6 @@ def unique(name: str, taken: Sequence[str]) -> str:
     return f"{name} #{taken.count(name) + 1}" if name in taken else name
 
 
-def laps(race: Race) -> RenderableType:
-    """A race: medians, quartiles and ratios to the first."""
-    rows = [(Name(x.name), duration(x.median), f"{duration(x.low)} – {duration(x.high)}", f"{100 * x.ratio:.1f} %") for x in race.laps]
-    threads = count_of(race.threads, "thread") if race.threads else "default threads"
-    title = f"One run on ONNX Runtime {race.version}, {race.provider}, {threads}: median of {count_of(race.rounds, 'round')}"
-    return table(title, ("model", ">latency", ">quartiles", ">to the first"), rows, limit=None)
-
-
 def count_of(number: int, one: str, many: str = "") -> str:
     """A number with its noun."""
     return f"{number} {one if number == 1 else many or one + 's'}"
@@ -354,14 +349,20 @@ def race_data(race: Race | None) -> dict[str, Any] | None:
     """A race in seconds."""
     if race is None:
         return None
-    return {"provider": race.provider, "onnxruntime": race.version, "threads": race.threads, "rounds": race.rounds,
-            "laps": [lap_data(x) for x in race.laps]}
+    itself = race.itself
+    check = None if itself is None else {"ratio": itself.middle, "interval": [itself.low, itself.high], "too_noisy": race.noisy}
+    return {"provider": race.provider, "kind": race.kind, "version": race.version, "threads": race.threads, "rounds": race.rounds,
+            "seed": race.seed, "compared": race.primary, "self_check": check, "laps": [lap_data(x) for x in race.laps]}
 
 
 def lap_data(lap: Lap) -> dict[str, Any]:
-    """One model's times in seconds."""
+    """One model's times in seconds, memory in bytes."""
+    at = lap.placement
+    where = None if at is None else {"nodes": dict(at.nodes), "fell_back": dict(at.fell_back), "proven": at.proven}
     return {"model": lap.name, "median_seconds": lap.median, "low_quartile": lap.low, "high_quartile": lap.high,
-            "ratio_to_first": lap.ratio}
+            "ratio_to_first": lap.ratio, "ratio_interval": [lap.ratio_low, lap.ratio_high], "verdict": lap.verdict or None,
+            "cpu_seconds": lap.cpu, "wall_seconds": lap.wall, "wall_ratio": lap.wall_ratio, "load_seconds": lap.load,
+            "first_run_seconds": lap.first, "memory_bytes": lap.memory, "placement": where}
 
 
 def path_data(found: Path | None) -> dict[str, Any] | None:
