@@ -7,7 +7,10 @@ A child is a program that reads one JSON object a line on stdin and answers each
     {"do": "run", "feeds": TENSORS, "folder": PATH}               -> {"outputs": TENSORS}        files written into the folder
     {"do": "bind", "feeds": TENSORS}                              -> {}
     {"do": "call"}                                                -> {"seconds": wall, "thread_seconds": CPU time of the thread}
+    {"do": "close"}                                               -> {}      only asked where the answer to load held "closes": true
     whatever failed                                               -> {"error": "why"}
+
+The answer to "load" may hold "figures": {"context_bytes": 81920}, numbers that the engine has to tell of the model.
 
 TENSORS is {name: {"dtype": "float32", "shape": [1, 3], "file": PATH}}; the files are raw bytes, little-endian, as numpy's `tofile` and a
 JavaScript typed array have them. It ends when stdin ends. What it says on stderr is kept for the case that it dies without an answer.
@@ -17,7 +20,7 @@ A runtime with a Python package needs no program of its own, only an adapter of 
     command = python_child("adapter_file.py", variable="SPA_NCNN_PYTHON")      # the variable's Python, or this one
     missing = lambda: why_not(command(), "ncnn is not here: pip install ncnn") # "" where it can be used
     version = lambda: version_of(command())
-    load    = lambda model, settings: Remote(command(), model, settings)       # an `Opened`
+    load    = lambda model, settings: Remote(command(), model, settings, name="ncnn")       # an `Opened`
 
 A child in another language is a command of its own: `[node, str(child("serve.mjs"))]`.
 """
@@ -36,7 +39,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
@@ -155,19 +158,25 @@ class Call:
 
 
 class Remote:
-    """A model that is open in another process. `meta`: all that the child said when it had loaded it."""
+    """A model that is open in another process.
+
+    name: begins the sentences of what goes wrong. meta: all that the child said when it had loaded the model; figures: numbers of it.
+    """
 
     def __init__(
-        self, command: Sequence[str], model: Model, settings: Settings, *, environment: Mapping[str, str] | None = None,
+        self, command: Sequence[str], model: Model, settings: Settings, *, name: str = "", environment: Mapping[str, str] | None = None,
         timeout: float = TIMEOUT
     ) -> None:
+        self.name = name
         self.worker = Worker(command, environment=environment, timeout=timeout)
         try:
             path = self.worker.folder / "model.onnx"
             save(model, path, external=model.nbytes >= IN_MEMORY)
             start = time.perf_counter()
-            self.meta = self.worker.ask("load", model=os.fspath(path), threads=settings.threads, options=dict(settings.options))
+            with self._named("load"):
+                self.meta = self.worker.ask("load", model=os.fspath(path), threads=settings.threads, options=dict(settings.options))
             self.meta.setdefault("load_seconds", time.perf_counter() - start)
+            self.figures: dict[str, float] = dict(self.meta.get("figures", {}))
             self.placement = Placement(dict(self.meta.get("nodes", {})), dict(self.meta.get("fell_back", {})),
                                        bool(self.meta.get("proven", False)))  # fmt: skip
             self._inputs = {t.name for t in model.graph.inputs}
@@ -177,17 +186,31 @@ class Remote:
 
     def run(self, feeds: Feeds) -> Feeds:
         """All outputs by name. Raises UnsupportedModel if the engine fails."""
-        answer = self.worker.ask("run", feeds=self._write(feeds), folder=os.fspath(self.worker.folder))
+        with self._named("run"):
+            answer = self.worker.ask("run", feeds=self._write(feeds), folder=os.fspath(self.worker.folder))
         return {n: np.fromfile(t["file"], _dtype(t["dtype"])).reshape(t["shape"]) for n, t in answer["outputs"].items()}
 
     def bound(self, feeds: Feeds) -> Callable[[], None]:
         """A `Call`, whose feeds already lie in the child."""
-        self.worker.ask("bind", feeds=self._write(feeds))
+        with self._named("run"):
+            self.worker.ask("bind", feeds=self._write(feeds))
         return Call(self.worker)
 
     def close(self) -> None:
         """Ends the process."""
+        if self.meta.get("closes"):
+            with contextlib.suppress(UnsupportedModel):
+                self.worker.ask("close")
         self.worker.close()
+
+    @contextlib.contextmanager
+    def _named(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except UnsupportedModel as error:
+            if not self.name:
+                raise
+            raise UnsupportedModel(f"{self.name} does not {what} the model: {error}") from error
 
     def _write(self, feeds: Feeds) -> dict[str, dict[str, Any]]:
         self.worker.check_open()

@@ -8,6 +8,7 @@ The adapter is a file with two functions:
     load(path, threads, options) -> opened       opened.meta: dict, the answer to "load" (nodes, fell_back, proven, and figures of its own)
                                                  opened.run(feeds) -> outputs, {name: array}
                                                  opened.bind(feeds) -> call   (may be absent) a call that runs once, for timing
+                                                 opened.close()               (may be absent) called if opened.meta["closes"]
 
 Whatever it prints goes to stderr: stdout belongs to the answers. It ends when stdin does.
 """
@@ -83,6 +84,9 @@ class Served:
             wall, cpu = time.perf_counter(), time.thread_time()
             self.call()
             return {"seconds": time.perf_counter() - wall, "thread_seconds": time.thread_time() - cpu}
+        if do == "close":
+            self.opened.close()
+            return {}
         raise ValueError(f"there is no {do!r}")
 
 
