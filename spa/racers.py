@@ -7,7 +7,7 @@ import ctypes
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from spa.engines.table import Engine, Opened, Settings
@@ -15,6 +15,8 @@ from spa.engines.worker import Remote, child
 from spa.errors import SpaError, UnsupportedModel
 from spa.feeds import Feeds
 from spa.store import Model
+
+_HERE: set[str] = set()  # engines that are `apart` and turned out to load models into this process
 
 
 def resident(process: int | None = None) -> int | None:
@@ -46,7 +48,8 @@ class Racer:
     Attributes
     ----------
     load
-        Seconds that loading took, from the model in memory to one that is ready.
+        Seconds from the model in memory to one that is ready for these feeds; with a runtime that converts models, or that is in a process
+        of its own, that is part of it.
     first
         Seconds of the first run.
     memory
@@ -59,44 +62,72 @@ class Racer:
     def __init__(self, name: str, model: Model, feeds: Feeds, engine: Engine, settings: Settings) -> None:
         """Loads and runs once. Raises UnsupportedModel with the engine's own words."""
         self.name = name
-        before = resident()
-        start = time.perf_counter()
-        self.opened: Opened = _apart(engine, model, settings) if engine.apart else engine.load(model, settings)
+        before, start = resident(), time.perf_counter()
+        with self._named("load"):
+            self.opened, self._call = _ready(model, feeds, engine, settings)
         self.load = time.perf_counter() - start
-        self.placement = self.opened.placement
         try:
-            self._call = self.opened.bound(feeds)
             self.first = self.lap()[0]
+            self.placement = self.opened.placement
         except BaseException:
             self.close()
             raise
-        meta = self.opened.meta if isinstance(self.opened, Remote) else {}
-        self.load = float(meta.get("load_seconds", self.load))
-        process = self.opened.worker.process.pid if isinstance(self.opened, Remote) else None
-        self.memory = growth(meta.get("resident"), process) if process else growth(before)
+        self.memory = self._growth(before)
 
     def lap(self) -> tuple[float, float]:
         """Seconds of one run: by the clock on the wall, and of the CPU in the thread that calls."""
         call = self._call
-        try:
+        with self._named("run"):
             cpu, wall = time.thread_time_ns(), time.perf_counter_ns()
             call()
             wall, cpu = time.perf_counter_ns() - wall, time.thread_time_ns() - cpu
-        except SpaError:
-            raise
-        except Exception as error:  # each runtime raises classes of its own
-            raise UnsupportedModel(f"{self.name} does not run: {first_line(error)}") from error
-        return self._told(call) or (wall / 1e9, cpu / 1e9)
+        if _is_elsewhere(call):  # it measured itself, without the way there and back
+            return float(getattr(call, "seconds", 0.0)), float(getattr(call, "thread_seconds", 0.0))
+        return wall / 1e9, cpu / 1e9
 
     def close(self) -> None:
         """Gives back what it holds."""
         self.opened.close()
 
-    @staticmethod
-    def _told(call: Callable[[], None]) -> tuple[float, float] | None:
-        """What another process measured itself, without the way there and back."""
-        wall = getattr(call, "seconds", None)
-        return None if wall is None else (float(wall), float(getattr(call, "thread_seconds", 0.0)))
+    def _growth(self, before: int | None) -> int | None:
+        if isinstance(self.opened, Remote) and "resident" in self.opened.meta:
+            return growth(self.opened.meta["resident"], self.opened.worker.process.pid)
+        return None if _is_elsewhere(self._call) else growth(before)
+
+    @contextlib.contextmanager
+    def _named(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except SpaError:
+            raise
+        except Exception as error:  # each runtime raises classes of its own
+            raise UnsupportedModel(f"{self.name} does not {what}: {first_line(error)}") from error
+
+
+def _is_elsewhere(call: Callable[[], None]) -> bool:
+    """Whether a bound call runs in another process, and tells its times."""
+    return hasattr(call, "seconds")
+
+
+def _ready(model: Model, feeds: Feeds, engine: Engine, settings: Settings) -> tuple[Opened, Callable[[], None]]:
+    """A loaded model and a call that runs it; in a process of its own where the engine wants that and does not see to it itself."""
+    if engine.name not in _HERE:
+        opened = engine.load(model, settings)
+        try:
+            call = opened.bound(feeds)
+        except BaseException:
+            opened.close()
+            raise
+        if not engine.apart or _is_elsewhere(call):
+            return opened, call
+        opened.close()
+        _HERE.add(engine.name)
+    apart = _apart(engine, model, settings)
+    try:
+        return apart, apart.bound(feeds)
+    except BaseException:
+        apart.close()
+        raise
 
 
 def _apart(engine: Engine, model: Model, settings: Settings) -> Remote:

@@ -141,6 +141,7 @@ class Fake:
             told = Fake.seconds.get(f"{self.name}{self.number}", Fake.seconds.get(self.name, 1.0))
             call.seconds = call.thread_seconds = told() if callable(told) else told  # type: ignore[attr-defined]
 
+        call.seconds = call.thread_seconds = 0.0  # type: ignore[attr-defined]
         return call
 
     def close(self) -> None:
@@ -157,7 +158,7 @@ def apart_load(model: spa.Model, settings: Settings) -> Any:
             return {"y": np.maximum(feeds["x"], 0)}
 
         def bound(self, feeds: Feeds) -> Callable[[], None]:
-            if settings.options.get("fail"):
+            if settings.options.get("fail", str(os.getpid())) != str(os.getpid()):
                 raise RuntimeError("no such luck")
 
             def call() -> None:
@@ -214,6 +215,12 @@ def test_feeds_of_their_own() -> None:
     assert len(race.laps) == 3
     with pytest.raises(ValueError):
         spa.race(models(), [X], rounds=1)
+
+
+def test_an_engine_that_tells_its_own_times_is_in_another_process() -> None:
+    Fake.seconds = {"a": 7.0}
+    race = spa.race({"A": named("a")}, X, engine="fake", rounds=3)
+    assert (race.laps[0].median, race.laps[0].first, race.laps[0].memory) == (7.0, 7.0, None)
 
 
 def test_a_model_that_does_not_load_or_run() -> None:
@@ -347,7 +354,7 @@ def test_engines_apart_get_a_process_each() -> None:
 
 def test_what_fails_apart_is_a_sentence() -> None:
     with pytest.raises(UnsupportedModel, match="no such luck"):
-        spa.race({"A": named("y")}, X, engine="test-apart", rounds=1, options={"fail": "yes"})
+        spa.race({"A": named("y")}, X, engine="test-apart", rounds=1, options={"fail": str(os.getpid())})
 
 
 # ---------------------------------------------------------------------- counted beside the clock
