@@ -18,6 +18,7 @@ from spa.masking import masked
 from spa.normalize import normalize
 from spa.plan import Plan, load_plan, make_plan
 from spa.repair import Repaired, RepairOptions
+from spa.reporting import write_report
 from spa.rewrite import rewrite
 from spa.score import score
 from spa.signatures import FIXED, MAP, STAT, SUM, signature
@@ -70,4 +71,5 @@ __all__ = [
     "score",
     "signature",
     "trace",
+    "write_report",
 ]

@@ -45,6 +45,8 @@ RepairTarget = Annotated[str, typer.Option("--repair-target", metavar="WHICH", h
 NoNorms = Annotated[bool, typer.Option("--no-norms", help="Leave the statistics that BatchNorm stores as they were.")]
 RepairedOut = Annotated[Path | None, typer.Option(
     "--repaired-out", metavar="FILE", help="Also write the repaired model before the deletion, and its plan.", show_default=False)]
+Report = Annotated[Path | None, typer.Option(
+    "--report", metavar="FILE", help="Also write a report for people: .html (one page), .md or .json.", show_default=False)]
 MultipleOf = Annotated[str, typer.Option("--multiple-of", metavar="N|auto", help="Round widths; auto: what the CPU provider likes.")]
 KeepAtLeast = Annotated[int, typer.Option("--keep-at-least", help="Channels that every group keeps.")]
 Include = Annotated[list[str] | None, typer.Option(

@@ -15,7 +15,7 @@ from spa.bench import Race, race
 from spa.check import TOLERANCE
 from spa.choose import Options
 from spa.commands import options as given
-from spa.commands import reading
+from spa.commands import reading, reported
 from spa.commands.app import app
 from spa.commands.common import analysis_of, evidence_of, opened_model
 from spa.commands.terminal import Terminal
@@ -59,18 +59,18 @@ def plan(
 
 @app.command()
 def apply(
-    model: given.ModelFile, plan_file: given.PlanFile, output: given.Out, other_weights: given.OtherWeights = False,
+    context: typer.Context, model: given.ModelFile, plan_file: given.PlanFile, output: given.Out, other_weights: given.OtherWeights = False,
     no_check: given.NoCheck = False, tolerance: given.Tolerance = TOLERANCE, seed: given.Seed = 0, feeds: given.FeedsFile = None,
     calibration: given.Source = None, preprocess: given.Preprocess = None, tokenizer: given.Tokenizer = None,
     samples: given.Samples = 256, batch: given.Batch = 32, length: given.Length = None, labels: given.Labels = None,
     repair: given.Repair = None, damping: given.Damping = DAMPING, repair_inputs: given.RepairInputs = "pruned",
     repair_target: given.RepairTarget = "dense", no_norms: given.NoNorms = False, repaired_out: given.RepairedOut = None,
-    as_json: given.Json = False, verbose: given.Verbose = False,
+    report_file: given.Report = None, as_json: given.Json = False, verbose: given.Verbose = False,
 ) -> int:
     """Remove what a plan says, prove that nothing else changed, and write the pruned model."""
     term = Terminal(as_json, verbose)
     mending = reading.repair_options(repair, calibration, damping, repair_inputs, repair_target, no_norms, repaired_out)
-    written = _written(output, None, repaired_out)
+    written = _written(output, None, repaired_out) | reported.target(report_file)
     reading.check_outputs(written, [model, plan_file, feeds, *reading.data_files(written, calibration, preprocess, tokenizer)])
     reading.check_tolerance(tolerance)
     decided = load_plan(plan_file)
@@ -83,6 +83,7 @@ def apply(
         result.save(output)
         _save_repaired(result, repaired_out)
     sizes = opened.nbytes, load(output).nbytes
+    reported.write(report_file, context, result, None, sizes)
     data = {"model": str(model), "plan": str(plan_file), "output": str(output), **_result(result, sizes, None)}
     term.show(data, *_tables(result, sizes, None), Text(f"wrote {report.printable(str(output))}"))
     return 0
@@ -90,7 +91,7 @@ def apply(
 
 @app.command()
 def prune(
-    model: given.ModelFile, output: given.Out, ratio: given.Ratio = 0.5,
+    context: typer.Context, model: given.ModelFile, output: given.Out, ratio: given.Ratio = 0.5,
     plan_out: Annotated[Path | None, typer.Option("--plan-out", metavar="PLAN", help="Where to write the plan; by default OUT's name "
                                                   "with .plan.json.", show_default=False)] = None,
     scope: given.Scope = "local", criterion: given.Criterion = "l2", multiple_of: given.MultipleOf = "auto",
@@ -102,12 +103,13 @@ def prune(
     labels: given.Labels = None, aggregate: given.Aggregate = None, normalize: given.Normalize = "mean", swaps: given.Swaps = 0,
     loss: given.Loss = "auto", repair: given.Repair = None, damping: given.Damping = DAMPING,
     repair_inputs: given.RepairInputs = "pruned", repair_target: given.RepairTarget = "dense", no_norms: given.NoNorms = False,
-    repaired_out: given.RepairedOut = None, as_json: given.Json = False, verbose: given.Verbose = False,
+    repaired_out: given.RepairedOut = None,
+    report_file: given.Report = None, as_json: given.Json = False, verbose: given.Verbose = False,
 ) -> int:
     """Plan, remove, repair, prove, time, and write the pruned model and its plan."""
     term = Terminal(as_json, verbose)
     mending = reading.repair_options(repair, calibration, damping, repair_inputs, repair_target, no_norms, repaired_out)
-    written = _written(output, reading.plan_name(output) if plan_out is None else plan_out, repaired_out)
+    written = _written(output, reading.plan_name(output) if plan_out is None else plan_out, repaired_out) | reported.target(report_file)
     reading.check_outputs(written, [model, ratios, feeds, *reading.data_files(written, calibration, preprocess, tokenizer)])
     reading.check_tolerance(tolerance)
     options = _options(ratio, scope, criterion, multiple_of, keep_at_least, include, exclude, ratios, normalize)
@@ -124,6 +126,7 @@ def prune(
         result.save(output, plan=written["--plan-out"])
         _save_repaired(result, repaired_out)
     sizes = opened.nbytes, load(output).nbytes
+    reported.write(report_file, context, result, timing, sizes)
     data = {"model": str(model), "plan": str(written["--plan-out"]), "output": str(output), **_result(result, sizes, timing)}
     names = " and ".join(report.printable(str(p)) for p in written.values())
     term.show(data, *_tables(result, sizes, timing), Text(f"wrote {names}"))
