@@ -1,9 +1,10 @@
 """What widths an engine likes: the numbers behind `--multiple-of auto`, through the `block` of each engine in `spa.engines`.
 
-ONNX Runtime's CPU kernels lay channels out in blocks of 16 with AVX-512 and of 8 without; a dense convolution whose input width 4 does not
-divide leaves that layout and gets up to 1.7 times slower than the unpruned one. `python -m tools.bench_widths` measures it again
-(docs/widths.md). A block is what is liked best: where rounding to it would lead too far from what was asked for, `spa.choose` halves it,
-down to 4 for the inputs of dense convolutions.
+ONNX Runtime's CPU kernels lay channels out in blocks of 16 with AVX-512 and of 8 without, so that time is a staircase; a dense convolution
+whose input width 4 does not divide leaves that layout: 63 channels take 1.25 (AMD) to 1.6 times (Intel) as long as 64. Matrix products
+have a gentler staircase and no such cliff. `python -m tools.bench_widths` measures it again (docs/widths.md). A block is what is liked
+best: where rounding to it would lead too far from what was asked for, `spa.choose` halves it, down to 4 for the inputs of dense
+convolutions.
 
 | engine | block | why |
 |---|---|---|

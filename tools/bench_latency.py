@@ -31,7 +31,7 @@ def main(
 ) -> None:
     """Races and prints."""
     rows = []
-    version = ""
+    version = clock = ""
     for name in networks or ["resnet50", "mobilenet_v2"]:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
@@ -42,7 +42,7 @@ def main(
                 models[str(multiple)], macs[str(multiple)] = result.model, result.after.macs / result.before.macs
             feed = {"input": np.random.default_rng(0).standard_normal((1, 3, 224, 224)).astype(np.float32)}
             race = spa.race(models, feed, rounds=rounds, seconds=seconds, threads=threads)
-        version = race.version
+        version, clock = race.version, race.primary
         for lap in race.laps:
             rows.append(
                 (
@@ -61,7 +61,7 @@ def main(
         "ms",
         "latency",
         "latency / MACs",
-        title=f"ONNX Runtime {version}, CPU provider, {threads} thread(s), block {block_of('cpu')}, ratio {ratio}, {rounds} rounds, seed 0",
+        title=f"CPU provider of {version}, {threads} thread(s), {clock} time, block {block_of('cpu')}, ratio {ratio}, {rounds} rounds, seed 0",
     )
     for row in rows:
         table.add_row(*row)
