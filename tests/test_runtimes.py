@@ -19,7 +19,8 @@ from spa.errors import BadOption, UnsupportedModel
 from spa.store import load, to_proto
 
 HERE = ("openvino-native", "mnn", "ncnn", "tract")  # share this environment
-ELSEWHERE = ()  # need one of their own
+ELSEWHERE = ("node", "node-wasm", "browser-wasm", "browser-webgpu")  # need one of their own
+CONVERTED = ("openvino-native", "mnn", "ncnn", "tract")  # are given copies of fixed sizes
 KINDS = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int64): TensorProto.INT64, np.dtype(np.bool_): TensorProto.BOOL}
 
 
@@ -168,10 +169,39 @@ def test_a_runtime_that_lacks_an_operator_says_so(engine):
     x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 4]) for n in "xy")
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("my.domain", 1)]
     given = load(helper.make_model(helper.make_graph([node], "g", [x], [y]), opset_imports=opsets, ir_version=8))
-    with pytest.raises(UnsupportedModel, match=r"(can't take|does not run) the model: .") as caught:
+    with pytest.raises(UnsupportedModel, match=r"(can't take|does not (load|run)) the model: .") as caught:
         engine.load(given, Settings()).run({"x": np.zeros((1, 4), np.float32)})
     assert len(str(caught.value)) < 700
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.engines
+def test_nodes_that_webgpu_leaves_to_webassembly_are_listed():
+    engine = ready("browser-webgpu")
+    nodes = [helper.make_node("Det", ["x"], ["d"], "no shader for it"), helper.make_node("Relu", ["d"], ["y"], "relu")]
+    given = model(nodes, {"x": (np.float32, [2, 3, 3])}, {"y": (np.float32, [2])})
+    opened = engine.load(given, Settings())
+    assert opened.placement.proven
+    assert list(opened.placement.fell_back) == ["no shader for it"]
+    assert "Det" in opened.placement.fell_back["no shader for it"]
+    opened.close()
+    opened = engine.load(convnet(batch=1), Settings())
+    assert opened.placement.fell_back == {}
+    assert set(opened.placement.nodes) == {"WebGpuExecutionProvider"}
+    opened.close()
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("name", ["node", "node-wasm", "browser-wasm"])
+def test_weights_in_a_file_of_their_own(name, monkeypatch):
+    monkeypatch.setattr("spa.engines.worker.IN_MEMORY", 1)
+    agrees(ready(name), convnet(), {"x": floats(np.random.default_rng(1), 1, 3, 6, 8)})
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_converters_get_one_file(name, monkeypatch):
+    monkeypatch.setattr("spa.engines.worker.IN_MEMORY", 1)
+    agrees(ready(name), convnet(channels=300), {"x": floats(np.random.default_rng(1), 1, 3, 6, 8)})
 
 
 # ---------------------------------------------------------------------- what converters are given
@@ -225,7 +255,7 @@ def test_text_is_refused(kind):
 
 @pytest.mark.parametrize("name, variable", [("openvino-native", "SPA_OPENVINO_PYTHON"), ("mnn", "SPA_MNN_PYTHON"),
                                             ("ncnn", "SPA_NCNN_PYTHON"), ("tract", "SPA_TRACT_PYTHON")])
-def test_what_is_missing_is_said_with_the_way_out(name, variable, monkeypatch, tmp_path):
+def test_a_missing_interpreter_is_said_with_the_way_out(name, variable, monkeypatch, tmp_path):
     bare = tmp_path / "python"
     bare.write_text(f"#!/bin/sh\nexec {sys.executable} -c 'raise SystemExit(3)'\n")
     bare.chmod(0o755)
@@ -233,6 +263,15 @@ def test_what_is_missing_is_said_with_the_way_out(name, variable, monkeypatch, t
     with pytest.raises(BadOption, match=f"pip install .*{variable}.*ended with code 3") as caught:
         find(name, "runtime")
     assert str(caught.value).endswith(".")
+
+
+@pytest.mark.parametrize("name, packages", [("node", "onnxruntime-node@1"), ("node-wasm", "onnxruntime-web@1"),
+                                            ("browser-webgpu", "onnxruntime-web@.* puppeteer-core@")])
+def test_missing_packages_are_said(name, packages, monkeypatch, tmp_path):
+    monkeypatch.setenv("SPA_NODE_MODULES", str(tmp_path))
+    with pytest.raises(BadOption, match=f"npm install --prefix DIR {packages}.*SPA_NODE_MODULES") as caught:
+        find(name, "runtime")
+    assert "\n" not in str(caught.value)
 
 
 def test_its_version_has_a_number(engine):

@@ -11,4 +11,4 @@ _INSTALL = ("ncnn is not here: pip install 'spa-prune[ncnn]' && pip install --no
             "SPA_NCNN_PYTHON")  # fmt: skip
 
 NCNN = engine(Engine("ncnn", "runtime", converted(_COMMAND, label="ncnn"), lambda: why_not(_COMMAND(), _INSTALL),
-                     lambda: version_of(_COMMAND()), apart=True, thread_time=True))  # fmt: skip
+                     lambda: version_of(_COMMAND()), thread_time=True))  # fmt: skip

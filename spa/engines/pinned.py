@@ -37,7 +37,7 @@ class Pinned:
     type. flat: whether inputs and outputs are flattened, so that a runtime with a layout of its own can't reorder them.
     """
 
-    model: Model
+    model: Model  # of no bytes, which keeps weights in the model file as long as they fit: not all converters look for others
     inputs: Mapping[str, str]
     outputs: Mapping[str, str]
     shapes: Shapes
@@ -91,7 +91,7 @@ def pin(model: Model, shapes: Shapes, *, flat: bool = False) -> Pinned:
         tensor.shape = list(known[tensor.name]) if tensor.name in known else None
     if flat:
         _flatten(graph, known)
-    return Pinned(replace(pinned, path=None), inputs, outputs, known, types, flat)
+    return Pinned(replace(pinned, path=None, nbytes=0), inputs, outputs, known, types, flat)
 
 
 class Converted:

@@ -10,4 +10,4 @@ _COMMAND = python_child("tract_adapter.py", variable="SPA_TRACT_PYTHON")
 _INSTALL = "tract is not here: pip install 'spa-prune[tract]', or name a Python that has it in SPA_TRACT_PYTHON"
 
 TRACT = engine(Engine("tract", "runtime", converted(_COMMAND, label="tract"), lambda: why_not(_COMMAND(), _INSTALL),
-                      lambda: version_of(_COMMAND()), apart=True))  # fmt: skip
+                      lambda: version_of(_COMMAND())))  # fmt: skip

@@ -21,7 +21,8 @@ class Opened:
 
         options.pop("interface", "")
         device = options.pop("device", "CPU")
-        settings = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": "1", "PERFORMANCE_HINT": "LATENCY"} | options
+        precision = options.pop("precision", "f32")
+        settings = {"INFERENCE_PRECISION_HINT": precision, "NUM_STREAMS": "1", "PERFORMANCE_HINT": "LATENCY"} | options
         if threads:
             settings["INFERENCE_NUM_THREADS"] = str(threads)
         core = openvino.Core()
@@ -54,5 +55,5 @@ def _noted(operator: Any, key: str) -> str:
 
 
 def load(path: str, threads: int, options: dict[str, str]) -> Opened:
-    """A model, compiled. Options are OpenVINO's own properties, and `device`."""
+    """A model, compiled. Options: `device`, `precision` (f32, bf16, f16), and OpenVINO's own properties."""
     return Opened(path, threads, options)
