@@ -105,7 +105,17 @@ def compare(
     tolerance: float = TOLERANCE,
 ) -> Check:
     """Runs both and compares all outputs; `kept` picks the positions of outputs that the small model still has."""
-    expected, found = run(masked, feeds), run(small, feeds)
+    return compare_results(run(masked, feeds), run(small, feeds), kept=kept, tolerance=tolerance)
+
+
+def compare_results(
+    expected: Mapping[str, NDArray[np.generic]],
+    found: Mapping[str, NDArray[np.generic]],
+    *,
+    kept: Mapping[str, Mapping[int, NDArray[np.int64]]] | None = None,
+    tolerance: float = TOLERANCE,
+) -> Check:
+    """Compares outputs by name; `kept` picks the positions that those found still have. Raises CheckFailed if nothing could be seen."""
     differences = []
     for name, value in expected.items():
         for axis, positions in (kept or {}).get(name, {}).items():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,6 +21,29 @@ from spa.trace import Traced
 from spa.widen import widen
 
 
+@dataclass(frozen=True)
+class Reference:
+    """What a pruned model must give. model: the masked original. feeds: inputs for it. kept: output -> axis -> positions that are left."""
+
+    model: Model
+    feeds: Feeds
+    kept: Mapping[str, Mapping[int, NDArray[np.int64]]]
+
+
+def reference_of(normal: Model, groups: Groups, gone: NDArray[np.bool_], *, feeds: Feeds | None = None, seed: int = 0) -> Reference:
+    """The masked original, with inputs that are drawn if none are given."""
+    kept = {
+        t.name: {
+            a: np.flatnonzero(k)
+            for a in range(len(groups.traced.facts.shapes.get(t.name) or ()))
+            if (k := groups.keep((t.name, a), gone)) is not None
+        }
+        for t in normal.graph.outputs
+    }
+    given = runnable(normal, groups.traced, seed=seed) if feeds is None else feeds
+    return Reference(with_graph(normal, masked(normal.graph, groups, gone)), given, kept)
+
+
 def prove(
     normal: Model,
     groups: Groups,
@@ -31,21 +57,12 @@ def prove(
 ) -> Check:
     """Runs the masked original and the pruned model on the same inputs, in float32, and compares all outputs."""
     with stage("proving"):
-        reference = with_graph(normal, masked(normal.graph, groups, gone))
-        given = runnable(normal, groups.traced, seed=seed) if feeds is None else feeds
-        kept = {
-            t.name: {
-                a: np.flatnonzero(k)
-                for a in range(len(groups.traced.facts.shapes.get(t.name) or ()))
-                if (k := groups.keep((t.name, a), gone)) is not None
-            }
-            for t in normal.graph.outputs
-        }
-        wide_reference, wide_given = widen(reference, given)
-        wide_small, _ = widen(small, given)
+        reference = reference_of(normal, groups, gone, feeds=feeds, seed=seed)
+        wide_reference, wide_given = widen(reference.model, reference.feeds)
+        wide_small, _ = widen(small, reference.feeds)
         if wide_small is not small:
             _must_load(small, normal)
-        return checking.compare(wide_reference, wide_small, wide_given, kept=kept, tolerance=tolerance)
+        return checking.compare(wide_reference, wide_small, wide_given, kept=reference.kept, tolerance=tolerance)
 
 
 def _must_load(small: Model, original: Model) -> None:

@@ -1,8 +1,9 @@
-"""`spa check`: proofs, made again."""
+"""`spa check`: proofs, made again, on any engine."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -17,42 +18,122 @@ from spa.check import TOLERANCE
 from spa.commands import options as given
 from spa.commands import reading
 from spa.commands.app import app
-from spa.commands.common import opened_model
+from spa.commands.common import drawn_inputs, opened_model
 from spa.commands.terminal import Terminal
+from spa.engines import Engine, Settings, find
 from spa.errors import BadOption
 from spa.plan import Plan, check_belongs, load_plan, mask_of
+from spa.prove import reference_of
 from spa.store import Model
 from spa.trace import constant_values
+from spa.trial import Trial, expected, try_on
+from spa.trial_report import trial_data, trial_shown
 from spa.view import dtype_is_float
 
 
 @app.command()
 def check(
     original: Annotated[Path, typer.Argument(metavar="A", help="The model as it was.", show_default=False)],
-    small: Annotated[Path, typer.Argument(metavar="B", help="The pruned model.", show_default=False)],
-    plan_file: Annotated[Path, typer.Option("--plan", metavar="PLAN", help="The plan that leads from A to B.", show_default=False)],
-    other_weights: given.OtherWeights = False, tolerance: given.Tolerance = TOLERANCE, seed: given.Seed = 0,
-    feeds: given.FeedsFile = None, as_json: given.Json = False, verbose: given.Verbose = False,
+    small: Annotated[Path | None, typer.Argument(metavar="[B]", help="The pruned model.", show_default=False)] = None,
+    plan_file: Annotated[Path | None, typer.Option(
+        "--plan", metavar="PLAN", help="The plan that leads from A to B.", show_default=False)] = None,
+    provider: Annotated[str | None, typer.Option(
+        "--provider", metavar="NAME", help="Execution provider to prove it on, against the CPU's in float32.", show_default=False)] = None,
+    form: Annotated[str, typer.Option("--format", metavar="FORMAT", help="onnx, or ort: converted to ORT format and run so.")] = "onnx",
+    set_options: Annotated[list[str] | None, typer.Option(
+        "--set", metavar="NAME=VALUE", help="Option of the provider, such as precision=bf16; repeatable.", show_default=False)] = None,
+    allow_fallback: Annotated[bool, typer.Option("--allow-fallback", help="Nodes may run elsewhere; they are listed anyway.")] = False,
+    other_weights: given.OtherWeights = False, tolerance: Annotated[float | None, typer.Option(
+        "--tolerance", help="What the proof allows, relative to an output's scale; by default 1e-4, or what the provider's type needs.",
+        show_default=False)] = None,
+    seed: given.Seed = 0, threads: given.Threads = 0, inputs: given.Inputs = None, feeds: given.FeedsFile = None,
+    as_json: given.Json = False, verbose: given.Verbose = False,
 ) -> int:
-    """Prove again that B is A without what the plan removes."""
+    """Prove again that B is A without what the plan removes, also where it will run; without B, that A runs there as on the CPU."""
     term = Terminal(as_json, verbose)
-    reading.check_tolerance(tolerance)
+    if tolerance is not None:
+        reading.check_tolerance(tolerance)
+    chosen = chosen_engine({"provider": provider}, form)
+    settings = Settings(threads, engine_options(set_options or (), form))
+    if chosen is None and (set_options or allow_fallback):
+        raise BadOption("--set and --allow-fallback are about a provider: name it with --provider.")
+    if small is None:
+        if plan_file is not None:
+            raise BadOption("--plan leads from A to B: give the pruned model too, spa check A B --plan PLAN.")
+        if chosen is None:
+            raise BadOption("There is nothing to compare the model with: give the pruned model and --plan, or --provider.")
+        return check_alone(term, original, chosen, settings, inputs or (), feeds, seed, tolerance, allow_fallback)
+    if plan_file is None:
+        raise BadOption("Which channels B has lost stands in its plan: give it with --plan (spa prune has written it beside B).")
     decided = load_plan(plan_file)
     opened, pruned = opened_model(term, original, {}), opened_model(term, small, {})
     check_belongs(decided, opened, other_weights=other_weights)
     check_interfaces(opened, pruned)
-    settings = decided.trace
-    analysis = api.analyze(opened, inputs=settings.get("inputs"), protect_outputs=bool(settings.get("protect_outputs", True)),
-                           stat=bool(settings.get("stat", True)), stage=term.stage)
-    groups = analysis.groups
-    proof = api.prove(analysis.normal.model, groups, mask_of(decided, groups), pruned, feeds=reading.read_feeds(feeds, opened), seed=seed,
-                      tolerance=tolerance, stage=term.stage)
+    how = decided.trace
+    shapes = reading.read_shapes(inputs or (), opened) or how.get("inputs")
+    analysis = api.analyze(opened, inputs=shapes, protect_outputs=bool(how.get("protect_outputs", True)),
+                           stat=bool(how.get("stat", True)), stage=term.stage)  # fmt: skip
+    groups, normal, gone = analysis.groups, analysis.normal.model, mask_of(decided, analysis.groups)
+    own = reading.read_feeds(feeds, opened)
     with term.stage("comparing weights"):
         kept = kept_weights(opened, pruned, decided)
-    data = {"proof": report.check_data(proof), "weights": {"exact": len(kept.exact), "differing": list(kept.differing),
-                                                           "unknown": list(kept.unknown)}}
-    term.show(data, report.proof(proof), report.weights(len(kept.exact), kept.differing, kept.unknown))
-    return 0 if proof.passed else 1
+    weights = {"exact": len(kept.exact), "differing": list(kept.differing), "unknown": list(kept.unknown)}
+    shown = report.weights(len(kept.exact), kept.differing, kept.unknown)
+    if chosen is None:
+        allowed = TOLERANCE if tolerance is None else tolerance
+        proof = api.prove(normal, groups, gone, pruned, feeds=own, seed=seed, tolerance=allowed, stage=term.stage)
+        term.show({"proof": report.check_data(proof), "weights": weights}, report.proof(proof), shown)
+        return 0 if proof.passed else 1
+    with term.stage("running the masked original"):
+        reference = reference_of(normal, groups, gone, feeds=own, seed=seed)
+        results = expected(reference.model, reference.feeds)
+    trial = try_on(chosen, pruned, reference.feeds, results, settings=settings, kept=reference.kept, tolerance=tolerance, stage=term.stage)
+    term.show({**trial_data(trial), "weights": weights}, trial_shown(trial, "the masked original gives on the CPU provider"), shown)
+    return ending(trial, allow_fallback)
+
+
+def chosen_engine(named: Mapping[str, str | None], form: str) -> Engine | None:
+    """The engine that the options name, {kind: name}; None if they name none. Raises BadOption."""
+    if form not in ("onnx", "ort"):
+        raise BadOption(f"--format is {form!r}, but must be onnx or ort.")
+    asked = {kind: name for kind, name in named.items() if name is not None}
+    if len(asked) > 1:
+        raise BadOption(f"A model runs on one thing at a time: give one of {', '.join(f'--{kind}' for kind in asked)}.")
+    if form == "ort" and not asked:
+        asked = {"provider": "cpu"}
+    if form == "ort" and "provider" not in asked:
+        raise BadOption("Models in ORT format run on ONNX Runtime alone: name one of its providers with --provider.")
+    return next((find(name, kind) for kind, name in asked.items()), None)
+
+
+def engine_options(texts: Sequence[str], form: str) -> dict[str, str]:
+    """Options of an engine, from NAME=VALUE. Raises BadOption."""
+    options = {"format": form} if form != "onnx" else {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not name or not equals:
+            raise BadOption(f"--set {text!r} is not of the form NAME=VALUE.")
+        options[name] = value
+    return options
+
+
+def check_alone(
+    term: Terminal, model: Path, engine: Engine, settings: Settings, inputs: Sequence[str], feeds: Path | None, seed: int,
+    tolerance: float | None, allow_fallback: bool
+) -> int:
+    """A model on an engine against itself on the CPU provider."""
+    opened = opened_model(term, model, {})
+    drawn = drawn_inputs(term, opened, inputs, feeds, seed)
+    with term.stage("running on the CPU provider"):
+        results = expected(opened, drawn)
+    trial = try_on(engine, opened, drawn, results, settings=settings, tolerance=tolerance, stage=term.stage)
+    term.show(trial_data(trial), trial_shown(trial, "the CPU provider gives"))
+    return ending(trial, allow_fallback)
+
+
+def ending(trial: Trial, allow_fallback: bool) -> int:
+    """The exit code: 1 if results differ, or if nodes ran elsewhere without leave."""
+    return 0 if trial.check.passed and (trial.stayed or allow_fallback) else 1
 
 
 @dataclass(frozen=True)

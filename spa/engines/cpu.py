@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnxruntime as ort
 
 from spa.align import block_of
-from spa.engines.providers import TOLERANCES, Here
+from spa.engines.providers import Here
 from spa.engines.table import Engine, Opened, Settings, engine
 from spa.errors import BadOption
 from spa.store import Model
@@ -21,5 +21,5 @@ def load(model: Model, settings: Settings) -> Opened:
     return Here(model, settings, provider="CPUExecutionProvider", label="ONNX Runtime")
 
 
-CPU = engine(Engine("cpu", "provider", load, lambda: "", lambda: f"onnxruntime {ort.__version__}", TOLERANCES, thread_time=True,
+CPU = engine(Engine("cpu", "provider", load, lambda: "", lambda: f"onnxruntime {ort.__version__}", thread_time=True,
                     block=lambda: block_of("cpu")))  # fmt: skip

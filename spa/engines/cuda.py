@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from spa.engines.children.ort import devices, version_of
-from spa.engines.providers import TOLERANCES, here
+from spa.engines.providers import here
 from spa.engines.table import Engine, engine
 
 _INSTALL = ("ONNX Runtime's {} provider is not here: in an environment of its own, pip uninstall onnxruntime and "
@@ -25,9 +25,9 @@ def missing(label: str, provider: str, more: str = "") -> str:
 EXACT = {"use_tf32": "0", "cudnn_conv_algo_search": "EXHAUSTIVE"}
 CUDA = engine(Engine("cuda", "provider",
                      here("CUDAExecutionProvider", "CUDA", device="cuda", defaults=EXACT),
-                     partial(missing, "CUDA", "CUDAExecutionProvider"), partial(version_of, "CUDAExecutionProvider"), TOLERANCES,
+                     partial(missing, "CUDA", "CUDAExecutionProvider"), partial(version_of, "CUDAExecutionProvider"),
                      block=lambda: 8))  # fmt: skip
 TENSORRT = engine(Engine("tensorrt", "provider",
                          here("TensorrtExecutionProvider", "TensorRT", device="cuda", defaults={"trt_fp16_enable": "0"}),
                          partial(missing, "TensorRT", "TensorrtExecutionProvider", " tensorrt"),
-                         partial(version_of, "TensorrtExecutionProvider"), TOLERANCES, block=lambda: 8))  # fmt: skip
+                         partial(version_of, "TensorrtExecutionProvider"), block=lambda: 8))  # fmt: skip

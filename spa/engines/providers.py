@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from spa.check import IN_MEMORY
 from spa.engines.children import ort as runtime
@@ -22,10 +22,6 @@ from spa.engines.worker import Remote, python_child
 from spa.errors import UnsupportedModel
 from spa.feeds import Feeds
 from spa.store import Model, save, to_bytes
-
-TOLERANCES: Final = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2, "int8": 3e-2}
-"""Of an output's scale, by element type. Rounding of 2^-11 (float16) and 2^-9 (bfloat16) adds up over some hundred sums to ten times
-that; quantised networks may land one step of 1/255 off in every layer. Measured in docs/providers.md: at most a half of these."""
 
 
 class Here:

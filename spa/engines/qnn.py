@@ -6,8 +6,8 @@ Its numbers, the padding of channels and the size of the context binary are thos
 
 from __future__ import annotations
 
-from spa.engines.providers import TOLERANCES, elsewhere, provider_child
-from spa.engines.table import Engine, Settings, engine
+from spa.engines.providers import elsewhere, provider_child
+from spa.engines.table import TOLERANCES, Engine, Settings, engine
 from spa.engines.worker import version_of, why_not
 from spa.feeds import Feeds
 from spa.store import Model

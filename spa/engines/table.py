@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Protocol
 
 from spa.errors import BadOption
@@ -16,15 +17,18 @@ from spa.explain import near
 from spa.feeds import Feeds
 from spa.store import Model
 
-FLOAT32 = 1e-4  # of an output's scale
+TOLERANCES: Mapping[str, float] = MappingProxyType({"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2, "int8": 3e-2})
+"""Of an output's scale, by element type; int8 stands for all that is quantised. Rounding to 2^-11 (float16) or 2^-9 (bfloat16) adds up over
+a hundred layers to ten times that; a quantised network may land a step of 1/255 off in each. docs/providers.md has what was measured."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """How a model is run.
 
-    threads: 0 for the engine's own choice. options: the engine's own, by name. profile: where ONNX Runtime's providers write what each
-    node took, as PROFILE_….json when the model is closed ("" for nowhere); what is no provider ignores it.
+    threads: 0 for the engine's own choice. options: the engine's own, by name, and `precision`: what it computes float32 in (f32, bf16,
+    f16). profile: where ONNX Runtime's providers write what each node took, as PROFILE_….json when the model is closed ("" for nowhere);
+    what is no provider ignores it.
     """
 
     threads: int = 0
@@ -46,7 +50,10 @@ class Placement:
 
 
 class Opened(Protocol):
-    """A model that is loaded and ready to run."""
+    """A model that is loaded and ready to run.
+
+    It may have `figures`, numbers by name that the engine tells of the model (`context_bytes` of an NPU's binary).
+    """
 
     placement: Placement
 
@@ -54,7 +61,10 @@ class Opened(Protocol):
         """All outputs by name; feeds that are no inputs are ignored. Raises UnsupportedModel if the engine fails."""
 
     def bound(self, feeds: Feeds) -> Callable[[], None]:
-        """A call that runs once on inputs and outputs that already lie where the engine wants them: what is timed."""
+        """A call that runs once on inputs and outputs that already lie where the engine wants them: what is timed.
+
+        Where it runs in another process, the call has `seconds` and `thread_seconds`: what that process measured of the last one.
+        """
 
     def close(self) -> None:
         """Gives back what it holds."""
@@ -68,7 +78,8 @@ class Engine:
     UnsupportedModel with the engine's own words. missing: "" if it can be used here, else one sentence that says what to install.
     version: of the runtime and of what it stands on. tolerances: ONNX element type -> what the proof allows, over an output's scale.
     timed: "" if its times mean something, else why they must not be reported (an emulator, a simulator). apart: whether each model wants a
-    process of its own. thread_time: whether one thread does all the work, so that its CPU time is exact. block: channels in a block.
+    process of its own, which whoever loads it must start (engines that start one themselves, through `worker.Remote`, don't).
+    thread_time: whether one thread does all the work, so that its CPU time is exact. block: channels in a block.
     """
 
     name: str
@@ -76,7 +87,7 @@ class Engine:
     load: Callable[[Model, Settings], Opened]
     missing: Callable[[], str]
     version: Callable[[], str]
-    tolerances: Mapping[str, float] = field(default_factory=lambda: {"float32": FLOAT32})
+    tolerances: Mapping[str, float] = field(default_factory=lambda: TOLERANCES)
     timed: str = ""
     apart: bool = False
     thread_time: bool = False

@@ -6,7 +6,7 @@ import glob
 import os
 from pathlib import Path
 
-from spa.engines.providers import TOLERANCES, elsewhere, provider_child
+from spa.engines.providers import elsewhere, provider_child
 from spa.engines.table import Engine, engine
 from spa.engines.worker import version_of, why_not
 
@@ -30,4 +30,4 @@ def emulated() -> str:
 
 
 WEBGPU = engine(Engine("webgpu", "provider", elsewhere(_COMMAND, "WebGPU", defaults={}, environment=drivers),
-                       lambda: why_not(_COMMAND(), _INSTALL), lambda: version_of(_COMMAND()), TOLERANCES, timed=emulated()))  # fmt: skip
+                       lambda: why_not(_COMMAND(), _INSTALL), lambda: version_of(_COMMAND()), timed=emulated()))  # fmt: skip

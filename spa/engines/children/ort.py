@@ -196,7 +196,10 @@ def placement_of(session: Any, provider: str, log: str) -> tuple[dict[str, int],
             name = node.name or node.op_type
             unique = name if name not in left else f"{name} #{len(left)}"
             left[unique] = said.get(node.name) or f"{provider} left this {node.op_type} to {part.ep_name} and gave no reason"
-    return {n: max(nodes.get(n, 0), recorded.get(n, 0)) for n in {**recorded, **nodes}}, left, bool(recorded) or provider == CPU
+    if not recorded:  # as with models in ORT format
+        others = {name: count for name, count in nodes.items() if name != provider}
+        left = {f"{count} nodes": f"{provider} left them to {name}, without their names" for name, count in others.items()}
+    return {n: max(nodes.get(n, 0), recorded.get(n, 0)) for n in {**recorded, **nodes}}, left, bool(recorded or nodes) or provider == CPU
 
 
 def last_error_in(log: str) -> str:
