@@ -16,8 +16,6 @@ from spa.errors import SpaError, UnsupportedModel
 from spa.feeds import Feeds
 from spa.store import Model
 
-_HERE: set[str] = set()  # engines that are `apart` and turned out to load models into this process
-
 
 def resident(process: int | None = None) -> int | None:
     """Bytes of memory that a process holds, this one after giving back what is free; None where the system does not say (Linux does)."""
@@ -110,23 +108,12 @@ def _is_elsewhere(call: Callable[[], None]) -> bool:
 
 
 def _ready(model: Model, feeds: Feeds, engine: Engine, settings: Settings) -> tuple[Opened, Callable[[], None]]:
-    """A loaded model and a call that runs it; in a process of its own where the engine wants that and does not see to it itself."""
-    if engine.name not in _HERE:
-        opened = engine.load(model, settings)
-        try:
-            call = opened.bound(feeds)
-        except BaseException:
-            opened.close()
-            raise
-        if not engine.apart or _is_elsewhere(call):
-            return opened, call
-        opened.close()
-        _HERE.add(engine.name)
-    apart = _apart(engine, model, settings)
+    """A loaded model and a call that runs it, in a process of its own where the engine wants that."""
+    opened = _apart(engine, model, settings) if engine.apart else engine.load(model, settings)
     try:
-        return apart, apart.bound(feeds)
+        return opened, opened.bound(feeds)
     except BaseException:
-        apart.close()
+        opened.close()
         raise
 
 

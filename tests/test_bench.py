@@ -33,6 +33,7 @@ from spa.layout_proxy import Layout, Proxy, layout_of, padded_macs, proxy
 from spa.plan import mask_of
 from spa.profiling import NodeTime, Profile, parsed, profiles
 from spa.ratios import FASTER, FEW, LEAST, SAME, SLOWER, Ratio, paired, verdict
+from tools import bench_widths
 
 REASON = "only the x86-64 builds of ONNX Runtime lay channels out in blocks"
 blocked = pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason=REASON)
@@ -512,6 +513,20 @@ def test_tables_of_profiles() -> None:
     for part in ("Conv 3.00 ms 900 µs 30.0 %", "all 3.00 ms 1.50 ms 50.0 %", "FusedConv – 500 µs –", "1: dense", "2: small",
                  "/a Conv in blocks → FusedConv 2.00 ms 500 µs -1.50 ms", "R Reorder – 100 µs +100 µs"):
         assert part in shown, part
+
+
+def test_the_measurement_behind_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_widths, "OFFSETS", (-4, 0, 1))
+    rows, race = bench_widths.measure("ffn", 16, ENGINES["cpu"], rounds=3, seconds=9, seed=0)
+    assert [r.width for r in rows] == [12, 16, 17]
+    assert [r.macs for r in rows] == [12 / 16, 1, 17 / 16]
+    assert [r.padded for r in rows] == [1, 1, 2]
+    assert race.laps[0].name == "16"
+    shown = bench_widths.markdown(rows, "a machine")
+    assert "| **16** |" in shown
+    assert "| 1.00 – 1.00 | 1.00 | 1.00 | – |" in shown
+    conv = spa.analyze(bench_widths.network("conv", 20)).groups
+    assert spa.count(conv).macs == 28 * 28 * 9 * (3 * 20 + 3 * 400)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
     python -m tools.bench_latency [NETWORK ...] [--ratio 0.5] [--rounds 30] [--threads 1]        needs the extra models
 
 Dense, aligned (`--multiple-of auto`) and unaligned (`--multiple-of 1`) variants of each network race in one process, rounds
-interleaved; ratios are medians of round-by-round ratios to the dense one.
+interleaved; ratios are medians of round-by-round ratios to the dense one, of CPU time with one thread, else of wall time.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def main(
         "ms",
         "latency",
         "latency / MACs",
-        title=f"CPU provider of {version}, {threads} thread(s), {clock} time, block {block_of('cpu')}, ratio {ratio}, {rounds} rounds, seed 0",
+        title=f"CPU provider, {version}, {threads} thread(s), {clock} time, block {block_of('cpu')}, ratio {ratio}, {rounds} rounds, "
+        "seed 0",
     )
     for row in rows:
         table.add_row(*row)
