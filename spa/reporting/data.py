@@ -50,6 +50,7 @@ def report_data(
     """All that a report says; see this module. For the parameters see `write_report`."""
     groups, plan = result.analysis.groups, result.plan
     gone = mask_of(plan, groups) if result.repaired is None else result.repaired.gone
+    batch = free_batch(groups.traced)  # MACs are those of one sample, as in the counts
     before, after = report.counts_data(result.before), report.counts_data(result.after)
     if sizes is not None:
         before["file_bytes"], after["file_bytes"] = sizes
@@ -60,8 +61,8 @@ def report_data(
         "format": "spa-report", "version": VERSION, "asked": _asked(result, options, given), "before": before, "after": after,
         "proof": report.check_data(result.check), "latency": [report.race_data(r) for r in races],
         "quality": {name: {"before": float(old), "after": float(new)} for name, (old, new) in figures.items()}, "budget": budget,
-        "groups": _groups(groups, plan), "repair": None if result.repaired is None else report.repair_data(result.repaired),
-        "frozen": [report.cause_data(c) for c in frozen_causes(groups)], "notes": dict(plan.notes), "network": network_data(groups, gone),
+        "groups": _groups(groups, plan, batch), "repair": None if result.repaired is None else report.repair_data(result.repaired),
+        "frozen": [{**report.cause_data(c), "macs": c.macs / batch} for c in frozen_causes(groups)], "notes": dict(plan.notes), "network": network_data(groups, gone, batch),
     }
     plain: dict[str, Any] = report.plain(data)
     return plain
@@ -91,14 +92,13 @@ def _version(package: str) -> str:
         return "unknown"
 
 
-def _groups(groups: Groups, plan: Plan) -> list[dict[str, Any]]:
+def _groups(groups: Groups, plan: Plan, batch: int) -> list[dict[str, Any]]:
     """Groups of channels, those with the most MACs first."""
     parameters, macs = group_costs(groups)
-    batch = free_batch(groups.traced)
     found = []
     for group in channels(groups):
         entry = plan.groups.get(group.name)
         kept = group.size if entry is None else len(entry["kept"])
-        found.append({**report.group_data(group, sites=False), "kept": kept, "sites": len(group.sites),
-                      "parameters": parameters.get(group.index, 0), "macs": macs.get(group.index, 0) // batch})
+        found.append({"name": group.name, "size": group.size, "kept": kept, "parameters": parameters.get(group.index, 0),
+                      "macs": macs.get(group.index, 0) // batch, "sites": len(group.sites), "frozen": report.reason_data(group.frozen)})
     return sorted(found, key=lambda g: (-g["macs"], -g["parameters"]))

@@ -149,8 +149,51 @@ def _placed(rows: Sequence[Sequence[int]], links: Sequence[tuple[int, int]], wid
                 wanted.append(mean + PULL * (middle - mean))
                 weights.append(6.0 if box >= boxes else 1.0 + len(near))
             _settle(row, wanted, weights, widths, x)
+    _straighten(rows, _columns(rows, above, below, boxes), widths, x)
     left = min((x[b] - widths[b] / 2 for b in range(len(widths))), default=0.0)
     return [round(c - left, 1) for c in x]
+
+
+def _columns(rows: Sequence[Sequence[int]], above: Sequence[Sequence[int]], below: Sequence[Sequence[int]], boxes: int) -> list[list[int]]:
+    """Runs of boxes or bends that should stand below each other, the longest first: each is the other's foremost neighbour."""
+    def foremost(box: int, near: Sequence[int]) -> int:
+        alike = [n for n in near if (n >= boxes) == (box >= boxes)] or near
+        return alike[(len(alike) - 1) // 2] if alike else -1
+
+    place = {box: i for row in rows for i, box in enumerate(row)}
+    down = [foremost(b, sorted(n, key=place.__getitem__)) for b, n in enumerate(below)]
+    up = [foremost(b, sorted(n, key=place.__getitem__)) for b, n in enumerate(above)]
+    found = []
+    for row in rows:
+        for box in row:
+            if up[box] >= 0 and down[up[box]] == box:
+                continue  # it stands in a column that began above
+            column = [box]
+            while down[column[-1]] >= 0 and up[down[column[-1]]] == column[-1]:
+                column.append(down[column[-1]])
+            if len(column) > 1:
+                found.append(column)
+    return sorted(found, key=len, reverse=True)
+
+
+def _straighten(rows: Sequence[Sequence[int]], columns: Sequence[Sequence[int]], widths: Sequence[float], x: list[float]) -> None:
+    """Puts columns upright, as far as their neighbours leave room: as a whole, or in halves."""
+    beside = {box: (row[i - 1] if i else -1, row[i + 1] if i + 1 < len(row) else -1) for row in rows for i, box in enumerate(row)}
+    for _ in range(2):  # the second time, others have made room
+        waiting = [list(c) for c in reversed(columns)]
+        while waiting:
+            column = waiting.pop()
+            low, high = float("-inf"), float("inf")
+            for box in column:
+                left, right = beside[box]
+                low = max(low, x[left] + (widths[left] + widths[box]) / 2 + GAP) if left >= 0 else low
+                high = min(high, x[right] - (widths[right] + widths[box]) / 2 - GAP) if right >= 0 else high
+            if low <= high:
+                centre = min(max(sum(x[b] for b in column) / len(column), low), high)
+                for box in column:
+                    x[box] = centre
+            elif len(column) > 2:
+                waiting += [column[len(column) // 2 :], column[: len(column) // 2]]
 
 
 def _settle(row: Sequence[int], wanted: Sequence[float], weights: Sequence[float], widths: Sequence[float], x: list[float]) -> None:

@@ -31,16 +31,19 @@ REASONS = 4  # of one node
 LEAST = 0.005  # share of the parameters from which on freezing is told of
 
 
-def network_data(groups: Groups, gone: NDArray[np.bool_]) -> dict[str, Any]:
-    """Inputs, outputs, nodes in the graph's order, and the shapes of all values before and after."""
-    return _Network(groups, gone).data()
+def network_data(groups: Groups, gone: NDArray[np.bool_], batch: int = 1) -> dict[str, Any]:
+    """Inputs, outputs, nodes in the graph's order, and the shapes of all values before and after.
+
+    batch: what MACs are divided by, the samples that the shapes were found with.
+    """
+    return _Network(groups, gone, batch).data()
 
 
 class _Network:
     """One walk over the nodes; `behind` maps each static value to the stored float tensors that it is made of."""
 
-    def __init__(self, groups: Groups, gone: NDArray[np.bool_]) -> None:
-        self.groups, self.traced = groups, groups.traced
+    def __init__(self, groups: Groups, gone: NDArray[np.bool_], batch: int) -> None:
+        self.traced, self.batch = groups.traced, batch
         self.kept = Kept(groups, gone)
         self.behind: dict[str, tuple[str, ...]] = {
             name: (name,) if dtype_is_float(tensor.dtype) else () for name, tensor in self.traced.constants.items()
@@ -107,7 +110,7 @@ class _Network:
                 whole *= axis.length
                 left *= axis.length if keep is None else int(np.count_nonzero(keep))
             before, after = before + whole, after + left
-        return before, after
+        return before // self.batch, after // self.batch
 
     def _verdict(self, traced: NodeTrace, name: str, stored: tuple[str, ...], values: Iterable[str]) -> dict[str, Any]:
         """What became of a node and why. `begins`: groups that stay because of this very node."""

@@ -106,7 +106,7 @@ def option_text(value: Any) -> str:
 
 def race_heading(race: Mapping[str, Any]) -> str:
     """What a race ran on."""
-    return f"{race['provider']} {race.get('version', '')}".strip()
+    return ", ".join(str(t) for t in (race["provider"], race.get("version")) if t)
 
 
 def race_text(race: Mapping[str, Any]) -> str:

@@ -100,7 +100,7 @@
     view.scrollTop += after.top - before.top;
     view.scrollLeft += after.left + after.width / 2 - before.left - before.width / 2;
   };
-  const fit = () => zoom(Math.min(view.clientWidth / (size[0] + 32), view.clientHeight / (size[1] + 32), 1));
+  const fit = () => zoom(Math.max(Math.min(view.clientWidth / (size[0] + 32), view.clientHeight / (size[1] + 32), 1), 0.12));
   const does = {
     in: () => zoom(scale * 1.25), out: () => zoom(scale / 1.25), full: () => zoom(1), fit,
     unfold: () => { frames.forEach(f => f.items.forEach(i => i[2] >= 0 && open.add(i[2]))); draw(); },
