@@ -6,46 +6,31 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from onnx import ModelProto
 
 from spa import check as checking
 from spa import criteria
-from spa.align import block_of
+from spa.analysis import Analysis, Source, analyze, analyzed_for, evidence_for, opened
 from spa.check import Check
-from spa.choose import Options, choose
+from spa.choose import Options, choose, find_space
 from spa.count import Counts, count
-from spa.errors import BadOption, CheckFailed, NothingToPrune, SpaError
-from spa.evidence import Evidence, gather, transplanted
+from spa.cutting import cut
+from spa.engines import find as find_engine
+from spa.errors import BadOption, CheckFailed, NothingToPrune
 from spa.feeds import Feeds
-from spa.groups import Groups, find_groups
-from spa.normalize import Normal, normalize
-from spa.plan import Plan, check_belongs, load_plan, make_plan, mask_of
+from spa.groups import Groups
+from spa.plan import Plan, load_plan, make_plan, mask_of
+from spa.planner import Budget, Planner, with_data
 from spa.prove import check_shapes, failure, prove, runnable
 from spa.refine import refined
-from spa.repair import Repaired, RepairOptions, repair
-from spa.rewrite import CannotRestate, rewrite
+from spa.repair import Repaired, RepairOptions
 from spa.score import score
 from spa.solve import DAMPING
 from spa.stages import Stage, collector_paused, quiet
-from spa.store import Model, load, save, to_proto, with_graph
-from spa.trace import trace
+from spa.store import Model, save, to_proto
 from spa.views import Data
-
-Source: TypeAlias = str | os.PathLike[str] | bytes | ModelProto | Model
-
-
-@dataclass(frozen=True)
-class Analysis:
-    """A model with its groups. `given` is the model as it came, `normal` what was traced."""
-
-    given: Model
-    normal: Normal
-    groups: Groups
-    settings: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -86,39 +71,13 @@ class Result:
         return to_proto(self.model)
 
 
-def opened(model: Source) -> Model:
-    """A Model, loaded if it is not one yet."""
-    return model if isinstance(model, Model) else load(model)
-
-
-@collector_paused()
-def analyze(
-    model: Source,
-    *,
-    inputs: Mapping[str, Sequence[int]] | None = None,
-    protect_outputs: bool = True,
-    stat: bool = True,
-    stage: Stage = quiet,
-) -> Analysis:
-    """Loads, normalises, traces and groups. `inputs` fixes the shape of inputs, `stage` is told what goes on."""
-    with stage("reading"):
-        given = opened(model)
-    with stage("finding shapes"):
-        normal = normalize(given, inputs)
-    with stage("tracing"):
-        traced = trace(normal.model.graph, normal.facts, protect_outputs=protect_outputs, stat=stat)
-        groups = find_groups(traced)
-    settings = {"protect_outputs": protect_outputs, "stat": stat, "inputs": {k: list(v) for k, v in (inputs or {}).items()}}
-    return Analysis(given, normal, groups, settings)
-
-
 @collector_paused()
 def plan(
     model: Source | Analysis,
-    ratio: float = 0.5,
+    ratio: float | None = None,
     *,
     criterion: str = "l2",
-    scope: str = "local",
+    scope: str | None = None,
     multiple_of: int | str = "auto",
     keep_at_least: int = 1,
     include: Sequence[str] = (),
@@ -134,49 +93,62 @@ def plan(
     swaps: int = 0,
     loss: str = "auto",
     damping: float = DAMPING,
+    target: str | Sequence[str] | Budget = (),
     stage: Stage = quiet,
 ) -> Plan:
     """Decides what goes.
 
-    ratio: share of the channels of each group that goes, between 0 and 1. criterion: a name of the registry. scope: local,
-    global or isomorphic. multiple_of: widths are rounded to it; "auto" is what ONNX Runtime's CPU kernels like.
+    ratio: share of the channels of each group that goes, between 0 and 1; 0.5 if there is no target either. criterion: a name of the
+    registry. scope: local, global or isomorphic. multiple_of: widths are rounded to it; "auto" is what the provider likes.
     include, exclude: globs or /regexes/ on the names of groups, nodes and values. ratios: pattern -> ratio of its own.
     stat: whether axes that a normalisation runs over may shrink. calibration: data for criteria that look at any: a `Calibration`, an
     `Evidence` or what `spa.calibration` takes. aggregate, normalize: how scores of a group's layers are put together, and made comparable
     between groups. swaps: rounds of exchanging removed for kept channels while the error after repair falls. loss: for gradients.
-    damping: ridge of the errors that are estimated, over the mean variance of a layer's inputs.
+    damping: ridge of the errors that are estimated, over the mean variance of a layer's inputs. target: in place of a ratio, what the
+    result may cost ("macs=0.5", "size=8MB", …) or a `Budget` with all that goes with it.
     Raises SpaError; NothingToPrune if nothing would go.
     """
-    options = Options(ratio, scope, multiple_of, keep_at_least, tuple(include), tuple(exclude), dict(ratios or {}), normalize)
+    budget = budget_of(target)
+    check_limits(budget, ratio, scope)
+    asked = 0.5 if ratio is None else ratio
+    options = Options(asked, scope or "local", multiple_of, keep_at_least, tuple(include), tuple(exclude), dict(ratios or {}), normalize)
     needs = criteria.get(criterion).needs
     analysis = (
         model if isinstance(model, Analysis) else analyze(model, inputs=inputs, protect_outputs=protect_outputs, stat=stat, stage=stage)
     )
     groups = analysis.groups
-    evidence = evidence_for(analysis, calibration, seed=seed, stage=stage) if needs or swaps else None
+    wants = needs or swaps or budget.judges or budget.measures
+    evidence = evidence_for(analysis, calibration, seed=seed, stage=stage) if wants else None
+    budget, evidence = with_data(analysis, budget, evidence, seed=seed, stage=stage)
     if evidence is None and swaps:
         raise BadOption("--swaps compares errors on data: give some with --calibration (none draws noise).")
-    if evidence is not None and not evidence.batches:
+    if evidence is not None and not evidence.batches and (needs or swaps):
         way_out = "use --calibration synthetic or none"
         raise BadOption(f"Criterion {criterion!r} and --swaps look at inputs, and the norms' moments are none: {way_out}.")
     data = None if evidence is None else Data(evidence.model, evidence.batches, loss, evidence.labels, damping)
     relative = normalize == "energy"
     with stage("scoring"):
         scores = score(analysis.normal.model.graph, groups, criterion, seed=seed, data=data, aggregate=aggregate, relative=relative)
-    block = block_of("cpu")
-    with stage("choosing"):
-        choice = choose(groups, scores, options, block=block)
-    if not choice.gone.any():
-        raise NothingToPrune(why_nothing(groups, choice.notes))
-    notes = {**dict.fromkeys(scores.instead, f"was scored by l2: no layer sums over it, so {criterion} says nothing of it"), **choice.notes}
-    gone = choice.gone
+    block = find_engine(budget.provider).block()
+    record: Mapping[str, Any] = {}
+    if budget.asks:
+        space = find_space(groups, options, block=block)
+        made = Planner(analysis, space, scores, budget, evidence, normalize=normalize, seed=seed, stage=stage).decide()
+        gone, found, record = made.gone, space.notes, made.record
+    else:
+        with stage("choosing"):
+            choice = choose(groups, scores, options, block=block)
+        gone, found = choice.gone, choice.notes
+    if not gone.any():
+        raise NothingToPrune(why_nothing(groups, found))
+    notes = {**dict.fromkeys(scores.instead, f"was scored by l2: no layer sums over it, so {criterion} says nothing of it"), **found}
     if swaps and data is not None:
         with stage("exchanging"):
             gone = refined(analysis.normal.model.graph, groups, gone, data, rounds=swaps, seed=seed)
     chosen = {
-        "ratio": ratio,
+        "ratio": None if budget.asks else asked,
         "criterion": criterion,
-        "scope": scope,
+        "scope": options.scope,
         "multiple_of": multiple_of,
         "block": block,
         "keep_at_least": keep_at_least,
@@ -189,15 +161,22 @@ def plan(
         chosen |= {"calibration": evidence.name, "samples": evidence.samples, "swaps": swaps, "loss": loss, "damping": damping}
     if evidence is not None or aggregate is not None or normalize != "mean":
         chosen |= {"aggregate": aggregate, "normalize": normalize}
+    if record:
+        chosen["budget"] = dict(record)
     return make_plan(analysis.given, groups, gone, copies=analysis.normal.copies, options=chosen, trace=analysis.settings, notes=notes)
 
 
-def evidence_for(analysis: Analysis, calibration: Any, *, seed: int = 0, stage: Stage = quiet) -> Evidence | None:
-    """Calibration data as they are used: a `Calibration` or its source is read, an `Evidence` taken as it is; None stays None."""
-    if calibration is None or isinstance(calibration, Evidence):
-        return calibration
-    with stage("reading calibration data"):
-        return gather(analysis.normal.model, analysis.groups, calibration, seed=seed)
+def budget_of(target: str | Sequence[str] | Budget) -> Budget:
+    """A budget, whatever form it was given in."""
+    return target if isinstance(target, Budget) else Budget((target,) if isinstance(target, str) else tuple(target))
+
+
+def check_limits(budget: Budget, ratio: float | None, scope: str | None) -> None:
+    """Raises BadOption for options that say two things at once."""
+    if budget.asks and ratio is not None:
+        raise BadOption("--ratio says how many channels go, --target and --max-drop what is left: give one of them.")
+    if budget.asks and scope is not None:
+        raise BadOption("--scope spreads a ratio; with --target and --max-drop, --allocation says how widths are found.")
 
 
 def why_nothing(groups: Groups, notes: Mapping[str, str]) -> str:
@@ -210,14 +189,6 @@ def why_nothing(groups: Groups, notes: Mapping[str, str]) -> str:
     if not frozen:
         return "Nothing to prune: the model has no weights."
     return f"Nothing to prune: all {len(frozen)} groups are frozen, the most costly one because {frozen[0].frozen}."
-
-
-def analyzed_for(model: Source, plan: Plan, *, other_weights: bool = False, stage: Stage = quiet) -> Analysis:
-    """Analyses a model as it was when the plan was made. Raises BadPlan for a plan of another model."""
-    given = opened(model)
-    check_belongs(plan, given, other_weights=other_weights)
-    stat, protect = bool(plan.trace.get("stat", True)), bool(plan.trace.get("protect_outputs", True))
-    return analyze(given, inputs=plan.trace.get("inputs"), protect_outputs=protect, stat=stat, stage=stage)
 
 
 @collector_paused()
@@ -244,15 +215,9 @@ def apply(
     analysis = model if isinstance(model, Analysis) else analyzed_for(model, decided, other_weights=other_weights, stage=stage)
     gone = mask_of(decided, analysis.groups)
     before, after = count(analysis.groups), count(analysis.groups, gone)
-    analysis, gone, repaired = _repaired(analysis, gone, repair, calibration, seed, stage)
+    made = cut(analysis, gone, repair=repair, calibration=calibration, seed=seed, stage=stage)
+    analysis, gone, small = made.analysis, made.gone, made.model
     groups = analysis.groups
-    with stage("rewriting"):
-        try:
-            graph = rewrite(analysis.normal.model.graph, groups, gone, analysis.normal.copies)
-        except CannotRestate as error:
-            names = ", ".join(groups.groups[i].name for i in error.groups if gone[groups.groups[i].coordinates].any())
-            raise SpaError(f"Node {error.node} can't be resized ({error.cause}): leave its groups out with --exclude: {names}.") from error
-        small = with_graph(analysis.normal.model, graph)
     proof = None
     if check:
         proof = prove(analysis.normal.model, groups, gone, small, feeds=feeds, seed=seed, tolerance=tolerance, stage=stage)
@@ -260,36 +225,16 @@ def apply(
             raise CheckFailed(failure(proof))
     else:
         check_shapes(groups, gone, small)
-    return Result(small, decided, analysis, before, after, proof, repaired)
-
-
-def _repaired(
-    analysis: Analysis, gone: NDArray[np.bool_], how: str | RepairOptions, calibration: Any, seed: int, stage: Stage
-) -> tuple[Analysis, NDArray[np.bool_], Repaired | None]:
-    """The analysis with repaired weights, and the removal in its groups; as they were if no repair is wanted."""
-    options = how if isinstance(how, RepairOptions) else RepairOptions(how)
-    if options.method == "none":
-        return analysis, gone, None
-    evidence = evidence_for(analysis, calibration, seed=seed, stage=stage)
-    if evidence is None and options.method == "fold":
-        evidence = Evidence("nothing", (), analysis.normal.model, True)
-    if evidence is None:
-        raise BadOption(f"--repair {options.method} fits layers to data: give some with --calibration (none draws noise).")
-    with stage("repairing"):
-        found = repair(evidence.model, analysis.groups, gone, evidence.batches, options, seed=seed)
-        found = replace(found, model=transplanted(found.model, evidence.model, analysis.normal.model, analysis.groups))
-    copies = {c: o for c, o in analysis.normal.copies.items() if not {c, o} & found.changed}
-    normal = Normal(found.model, found.groups.traced.facts, copies)
-    return replace(analysis, normal=normal, groups=found.groups), found.gone, found
+    return Result(small, decided, analysis, before, after, proof, made.repaired)
 
 
 @collector_paused()
 def prune(
     model: Source,
-    ratio: float = 0.5,
+    ratio: float | None = None,
     *,
     criterion: str = "l2",
-    scope: str = "local",
+    scope: str | None = None,
     multiple_of: int | str = "auto",
     keep_at_least: int = 1,
     include: Sequence[str] = (),
@@ -308,15 +253,18 @@ def prune(
     normalize: str = "mean",
     swaps: int = 0,
     loss: str = "auto",
+    target: str | Sequence[str] | Budget = (),
     stage: Stage = quiet,
 ) -> Result:
     """Plans and applies; see `plan` and `apply` for the options.
 
-    >>> result = spa.prune("model.onnx", ratio=0.5)
+    >>> result = spa.prune("model.onnx", target="macs=0.5")
     >>> result.save("small.onnx", plan="small.plan.json")
     """
     analysis = analyze(model, inputs=inputs, protect_outputs=protect_outputs, stat=stat, stage=stage)
     evidence = evidence_for(analysis, calibration, seed=seed, stage=stage)
+    budget = budget_of(target)
+    budget, evidence = with_data(analysis, replace(budget, repair=repair), evidence, seed=seed, stage=stage)
     decided = plan(
         analysis,
         ratio,
@@ -334,6 +282,7 @@ def prune(
         swaps=swaps,
         loss=loss,
         damping=repair.damping if isinstance(repair, RepairOptions) else DAMPING,
+        target=budget,
         stage=stage,
     )
     return apply(
@@ -341,4 +290,7 @@ def prune(
     )
 
 
-__all__ = ["Analysis", "Result", "analyze", "apply", "evidence_for", "plan", "prove", "prune", "runnable"]
+__all__ = [
+    "Analysis", "Budget", "Result", "analyze", "analyzed_for", "apply", "budget_of", "check_limits", "evidence_for", "opened", "plan",
+    "prove", "prune", "runnable", "with_data",
+]  # fmt: skip

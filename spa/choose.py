@@ -77,25 +77,61 @@ def choose(groups: Groups, scores: Scores, options: Options, *, block: int = 16)
     local: the same ratio in every group. global: one threshold on scores that were normalised in their group.
     isomorphic: one threshold among groups of the same structure (Fang et al. 2024, arXiv 2407.04616).
     """
+    space = find_space(groups, options, block=block)
+    quota = _quota(groups, space.chosen, scores, space.wanted, options)
+    notes = dict(space.notes)
+    kept: dict[int, int] = {}
+    for group in space.chosen:
+        kept[group.index] = space.kept(group, group.size - quota[group.index])
+        if kept[group.index] >= group.size:
+            if 0 < quota[group.index] < 1:
+                notes[group.name] = f"stays whole: the ratio asks for less than one of its {group.size} channels"
+            elif quota[group.index]:
+                notes[group.name] = f"stays whole: {group.size} channels have no smaller width that is a multiple of {space.step(group)}"
+    return Choice(lowest(groups, scores, kept), notes)
+
+
+def lowest(groups: Groups, scores: Scores, kept: Mapping[int, int]) -> NDArray[np.bool_]:
+    """Mask of the coordinates with the lowest scores, so that each group (by index) keeps as many as asked for."""
+    gone = np.zeros(groups.total, bool)
+    for index, keep in kept.items():
+        group = groups.groups[index]
+        order = np.argsort(scores.values[group.coordinates], kind="stable")
+        gone[group.start + order[: group.size - keep]] = True
+    return gone
+
+
+@dataclass(frozen=True)
+class Space:
+    """What may shrink, and to which widths. wanted: group -> share that its options ask to remove. notes: group -> why it stays whole."""
+
+    chosen: tuple[Group, ...]
+    wanted: Mapping[int, float]
+    notes: Mapping[str, str]
+    widths: _Widths
+
+    def kept(self, group: Group, target: float) -> int:
+        """Width nearest to `target` that the rounding allows; the group's own size where there is none below it."""
+        return self.widths.kept(group, target)
+
+    def step(self, group: Group) -> int:
+        """The finest rounding that applies to a group."""
+        return self.widths.step(group)
+
+    def ladder(self, group: Group, rungs: int = 32) -> NDArray[np.int64]:
+        """Widths that the rounding allows, ascending; the last is the group's own size."""
+        targets = np.linspace(0, group.size, min(rungs, group.size) + 1)
+        return np.unique([*(self.widths.kept(group, float(t)) for t in targets), group.size])
+
+
+def find_space(groups: Groups, options: Options, *, block: int = 16) -> Space:
+    """The groups that the options let shrink, one factor of each product. Raises BadOption for patterns that match nothing."""
     notes: dict[str, str] = {}
     candidates = _selected(groups, options)
     readers = readers_of(groups) if options.ratios else {}
     wanted = {g.index: _own_ratio(g, options, readers) for g in candidates}
     widths = _Widths(groups, options, block)
-    chosen = _one_factor_each(groups, candidates, wanted, widths, notes)
-    quota = _quota(groups, chosen, scores, wanted, options)
-    gone = np.zeros(groups.total, bool)
-    for group in chosen:
-        keep = widths.kept(group, group.size - quota[group.index])
-        if keep >= group.size:
-            if 0 < quota[group.index] < 1:
-                notes[group.name] = f"stays whole: the ratio asks for less than one of its {group.size} channels"
-            elif quota[group.index]:
-                notes[group.name] = f"stays whole: {group.size} channels have no smaller width that is a multiple of {widths.step(group)}"
-            continue
-        order = np.argsort(scores.values[group.coordinates], kind="stable")
-        gone[group.start + order[: group.size - keep]] = True
-    return Choice(gone, notes)
+    return Space(tuple(_one_factor_each(groups, candidates, wanted, widths, notes)), wanted, notes, widths)
 
 
 def matches(patterns: Iterable[str], names: Iterable[str]) -> bool:

@@ -92,7 +92,7 @@ def count(groups: Groups, removed: NDArray[np.bool_] | None = None) -> Counts:
     kept = Kept(groups, np.zeros(groups.total, bool) if removed is None else removed)
     weight_bytes = 0
     for name, tensor in traced.constants.items():
-        weight_bytes += int(math.prod(kept.shape(name) or tensor.shape) * _itemsize(traced.facts.types.get(name, 1)))
+        weight_bytes += int(math.prod(kept.shape(name) or tensor.shape) * itemsize(traced.facts.types.get(name, 1)))
     parameters = sum(math.prod(kept.shape(name) or ()) for name in traced.weights)
     batch = free_batch(traced)
     return Counts(parameters, _macs(groups, kept) // batch, _peak(groups, kept) // batch, weight_bytes)
@@ -113,7 +113,8 @@ def _macs(groups: Groups, kept: Kept) -> int:
 
 
 @cache
-def _itemsize(kind: int) -> float:
+def itemsize(kind: int) -> float:
+    """Bytes of an element of an ONNX type."""
     try:
         dtype = helper.tensor_dtype_to_np_dtype(kind)
     except KeyError:
@@ -133,7 +134,7 @@ def _peak(groups: Groups, kept: Kept) -> int:
 
     def cost(name: str) -> float:
         shape = kept.shape(name)
-        return 0 if shape is None else math.prod(shape) * _itemsize(traced.facts.types.get(name, 1))
+        return 0 if shape is None else math.prod(shape) * itemsize(traced.facts.types.get(name, 1))
 
     live = sum(cost(t.name) for t in traced.graph.inputs)
     size.update({t.name: cost(t.name) for t in traced.graph.inputs})

@@ -222,11 +222,11 @@ def test_given_feeds_and_tolerance() -> None:
 
 
 def test_without_the_proof_shapes_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    import spa.api
+    import spa.cutting
 
     result = spa.prune(model(), 0.5, multiple_of=1, check=False)
     assert result.check is None
-    right = spa.api.rewrite
+    right = spa.cutting.rewrite
 
     def wrong(*args: Any) -> Any:
         graph = right(*args)
@@ -234,7 +234,7 @@ def test_without_the_proof_shapes_are_checked(monkeypatch: pytest.MonkeyPatch) -
         tensor.values = np.concatenate([tensor.values, tensor.values])
         return graph
 
-    monkeypatch.setattr(spa.api, "rewrite", wrong)
+    monkeypatch.setattr(spa.cutting, "rewrite", wrong)
     with pytest.raises(CheckFailed, match=r"Output 'y' of the pruned graph would have shape \(2, 10\) instead of \(2, 5\)"):
         spa.prune(model(), 0.5, multiple_of=1, check=False)
 

@@ -13,9 +13,27 @@ Out = Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Where 
 PlanOut = Annotated[Path, typer.Option("--output", "-o", metavar="PLAN", help="Where to write the plan.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object with exact numbers.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log every stage to stderr, and tracebacks of defects.")]
-Ratio = Annotated[float, typer.Option("--ratio", "-r", help="Share of the channels that goes, between 0 and 1.")]
-Scope = Annotated[str, typer.Option(
-    "--scope", metavar="SCOPE", help="local: same share each; global: one threshold; isomorphic: per shape.")]
+Ratio = Annotated[float | None, typer.Option(
+    "--ratio", "-r", help="Share of the channels that goes, between 0 and 1; 0.5 if there is no target.", show_default=False)]
+Target = Annotated[list[str] | None, typer.Option(
+    "--target", metavar="COST=LIMIT", help="macs=0.5, params=2M, size=8MB, memory=64MB, latency=20ms or latency=0.6x; repeatable.",
+    show_default=False)]
+Allocation = Annotated[str, typer.Option(
+    "--allocation", metavar="WAY", help="How a target is spread over groups: auto, uniform, global, sensitivity, solver.")]
+MaxDrop = Annotated[float | None, typer.Option(
+    "--max-drop", metavar="N", help="Most that may be lost by --metric, in its unit.", show_default=False)]
+Metric = Annotated[str | None, typer.Option(
+    "--metric", metavar="NAME", help="accuracy, top5, agreement, cosine, kl, error, perplexity or module:function.", show_default=False)]
+Evaluate = Annotated[str | None, typer.Option(
+    "--evaluate", metavar="SOURCE", help="Data to judge on, as --calibration takes them; by default a quarter of those is held out.",
+    show_default=False)]
+OutputName = Annotated[str | None, typer.Option(
+    "--output-name", metavar="NAME", help="Output that the metric looks at; by default the first.", show_default=False)]
+Provider = Annotated[str, typer.Option("--provider", metavar="NAME", help="Execution provider to round for and to time on.")]
+TimeLimit = Annotated[float, typer.Option("--time-limit", min=0, metavar="SECONDS", help="For measuring losses; 0: go by scores.")]
+Scope = Annotated[str | None, typer.Option(
+    "--scope", metavar="SCOPE", help="Of a ratio. local (default): same share each; global: one threshold; isomorphic: per shape.",
+    show_default=False)]
 Criterion = Annotated[str, typer.Option("--criterion", metavar="NAME", help="What makes a channel worth keeping: l2, obspa, taylor, …")]
 Aggregate = Annotated[str | None, typer.Option(
     "--aggregate", metavar="WAY", help="How scores of a group's layers are joined: sum, mean, median, max, prod.", show_default=False)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from rich.text import Text
 import spa
 from spa import api, criteria, report
 from spa.bench import Race, race
+from spa.budget_report import budget as budget_table
 from spa.check import TOLERANCE
 from spa.choose import Options
 from spa.commands import options as given
@@ -20,40 +22,48 @@ from spa.commands.app import app
 from spa.commands.common import analysis_of, evidence_of, opened_model
 from spa.commands.terminal import Terminal
 from spa.count import count
-from spa.evidence import Evidence
+from spa.engines import find as find_engine
+from spa.errors import BadOption
 from spa.explain import Cause, frozen_causes
 from spa.feeds import Feeds, one_sample
 from spa.plan import load_plan, mask_of
-from spa.repair import DAMPING
+from spa.planner import TIME_LIMIT, Budget
+from spa.repair import DAMPING, RepairOptions
 from spa.store import load
 
 
 @app.command()
 def plan(
-    model: given.ModelFile, output: given.PlanOut, ratio: given.Ratio = 0.5, scope: given.Scope = "local",
+    model: given.ModelFile, output: given.PlanOut, ratio: given.Ratio = None, scope: given.Scope = None,
     criterion: given.Criterion = "l2", multiple_of: given.MultipleOf = "auto", keep_at_least: given.KeepAtLeast = 1,
     include: given.Include = None, exclude: given.Exclude = None, ratios: given.Ratios = None, protect_outputs: given.Protect = True,
     no_stat: given.NoStat = False, seed: given.Seed = 0, inputs: given.Inputs = None, calibration: given.Source = None,
     preprocess: given.Preprocess = None, tokenizer: given.Tokenizer = None, samples: given.Samples = 256, batch: given.Batch = 32,
     length: given.Length = None, labels: given.Labels = None, aggregate: given.Aggregate = None, normalize: given.Normalize = "mean",
-    swaps: given.Swaps = 0, loss: given.Loss = "auto", damping: given.Damping = DAMPING, as_json: given.Json = False,
-    verbose: given.Verbose = False,
+    swaps: given.Swaps = 0, loss: given.Loss = "auto", repair: given.Repair = None, damping: given.Damping = DAMPING,
+    target: given.Target = None, allocation: given.Allocation = "auto", max_drop: given.MaxDrop = None, metric: given.Metric = None,
+    evaluate: given.Evaluate = None, output_name: given.OutputName = None, provider: given.Provider = "cpu",
+    threads: given.Threads = 0, time_limit: given.TimeLimit = TIME_LIMIT, as_json: given.Json = False, verbose: given.Verbose = False,
 ) -> int:
     """Decide what goes, and write it down without touching the model."""
     term = Terminal(as_json, verbose)
-    reads = reading.data_files({"--output": output}, calibration, preprocess, tokenizer)
+    reads = reading.data_files({"--output": output}, calibration, preprocess, tokenizer, evaluate)
     reading.check_outputs({"--output": output}, [model, ratios, *reads])
-    options = _options(ratio, scope, criterion, multiple_of, keep_at_least, include, exclude, ratios, normalize)
+    mending = reading.repair_options(repair, calibration, damping, "pruned", "dense", False, None)
+    wishes = _wishes(ratio, scope, criterion, multiple_of, keep_at_least, include, exclude, ratios, normalize, aggregate, swaps, loss,
+                     damping, seed)
+    budget = _budget(ratio, scope, target, allocation, max_drop, metric, output_name, provider, threads, time_limit, mending)
     analysis = analysis_of(term, model, inputs, protect_outputs, not no_stat, outputs={"--output": output})
     evidence = evidence_of(term, analysis, calibration, preprocess, tokenizer, samples, batch, length, labels, seed)
-    decided = _decided(term, analysis, options, criterion, seed, evidence, aggregate, swaps, loss, damping)
+    budget = _judged_on(term, analysis, budget, evaluate, preprocess, tokenizer, samples, batch, length, labels, seed)
+    decided = api.plan(analysis, calibration=evidence, target=budget, stage=term.stage, **wishes)
     decided.save(output)
     groups = analysis.groups
     before, after = count(groups), count(groups, mask_of(decided, groups))
     causes = frozen_causes(groups)
     data = {"model": str(model), "plan": str(output), **_outcome(decided, before, after, causes)}
-    term.show(data, report.comparison(before, after), report.pruned(decided, groups.by_name), report.frozen(causes, before),
-              *_notes(decided), Text(f"wrote {report.printable(str(output))}"))
+    term.show(data, report.comparison(before, after), *_met(decided), report.pruned(decided, groups.by_name),
+              report.frozen(causes, before), *_notes(decided), Text(f"wrote {report.printable(str(output))}"))
     return 0
 
 
@@ -91,10 +101,10 @@ def apply(
 
 @app.command()
 def prune(
-    context: typer.Context, model: given.ModelFile, output: given.Out, ratio: given.Ratio = 0.5,
+    context: typer.Context, model: given.ModelFile, output: given.Out, ratio: given.Ratio = None,
     plan_out: Annotated[Path | None, typer.Option("--plan-out", metavar="PLAN", help="Where to write the plan; by default OUT's name "
                                                   "with .plan.json.", show_default=False)] = None,
-    scope: given.Scope = "local", criterion: given.Criterion = "l2", multiple_of: given.MultipleOf = "auto",
+    scope: given.Scope = None, criterion: given.Criterion = "l2", multiple_of: given.MultipleOf = "auto",
     keep_at_least: given.KeepAtLeast = 1, include: given.Include = None, exclude: given.Exclude = None, ratios: given.Ratios = None,
     protect_outputs: given.Protect = True, no_stat: given.NoStat = False, seed: given.Seed = 0, no_check: given.NoCheck = False,
     tolerance: given.Tolerance = TOLERANCE, inputs: given.Inputs = None, feeds: given.FeedsFile = None, no_bench: given.NoBench = False,
@@ -103,22 +113,29 @@ def prune(
     labels: given.Labels = None, aggregate: given.Aggregate = None, normalize: given.Normalize = "mean", swaps: given.Swaps = 0,
     loss: given.Loss = "auto", repair: given.Repair = None, damping: given.Damping = DAMPING,
     repair_inputs: given.RepairInputs = "pruned", repair_target: given.RepairTarget = "dense", no_norms: given.NoNorms = False,
-    repaired_out: given.RepairedOut = None,
-    report_file: given.Report = None, as_json: given.Json = False, verbose: given.Verbose = False,
+    repaired_out: given.RepairedOut = None, report_file: given.Report = None,
+    target: given.Target = None, allocation: given.Allocation = "auto",
+    max_drop: given.MaxDrop = None, metric: given.Metric = None, evaluate: given.Evaluate = None, output_name: given.OutputName = None,
+    provider: given.Provider = "cpu", time_limit: given.TimeLimit = TIME_LIMIT, as_json: given.Json = False,
+    verbose: given.Verbose = False,
 ) -> int:
     """Plan, remove, repair, prove, time, and write the pruned model and its plan."""
     term = Terminal(as_json, verbose)
     mending = reading.repair_options(repair, calibration, damping, repair_inputs, repair_target, no_norms, repaired_out)
     written = _written(output, reading.plan_name(output) if plan_out is None else plan_out, repaired_out) | reported.target(report_file)
-    reading.check_outputs(written, [model, ratios, feeds, *reading.data_files(written, calibration, preprocess, tokenizer)])
+    reading.check_outputs(written, [model, ratios, feeds, *reading.data_files(written, calibration, preprocess, tokenizer, evaluate)])
     reading.check_tolerance(tolerance)
-    options = _options(ratio, scope, criterion, multiple_of, keep_at_least, include, exclude, ratios, normalize)
+    wishes = _wishes(ratio, scope, criterion, multiple_of, keep_at_least, include, exclude, ratios, normalize, aggregate, swaps, loss,
+                     damping, seed)
+    budget = _budget(ratio, scope, target, allocation, max_drop, metric, output_name, provider, threads, time_limit, mending)
     opened = opened_model(term, model, written)
     fed = reading.read_feeds(feeds, opened)
     shapes = {**reading.shapes_of(fed), **reading.read_shapes(inputs or (), opened)}
     analysis = api.analyze(opened, inputs=shapes, protect_outputs=protect_outputs, stat=not no_stat, stage=term.stage)
     evidence = evidence_of(term, analysis, calibration, preprocess, tokenizer, samples, batch, length, labels, seed)
-    decided = _decided(term, analysis, options, criterion, seed, evidence, aggregate, swaps, loss, damping)
+    budget = _judged_on(term, analysis, budget, evaluate, preprocess, tokenizer, samples, batch, length, labels, seed)
+    budget, evidence = api.with_data(analysis, budget, evidence, seed=seed, stage=term.stage)
+    decided = api.plan(analysis, calibration=evidence, target=budget, stage=term.stage, **wishes)
     result = api.apply(analysis, decided, check=not no_check, seed=seed, feeds=fed, tolerance=tolerance, repair=mending,
                        calibration=evidence, stage=term.stage)
     timing = None if no_bench else _timing(term, result, fed, seed, threads)
@@ -133,14 +150,43 @@ def prune(
     return 0
 
 
-def _options(
-    ratio: float, scope: str, criterion: str, multiple_of: str, keep_at_least: int, include: list[str] | None,
-    exclude: list[str] | None, ratios: Path | None, normalize: str,
-) -> Options:
-    """The options, checked before anything is read."""
+def _wishes(
+    ratio: float | None, scope: str | None, criterion: str, multiple_of: str, keep_at_least: int, include: list[str] | None,
+    exclude: list[str] | None, ratios: Path | None, normalize: str, aggregate: str | None, swaps: int, loss: str, damping: float, seed: int,
+) -> dict[str, Any]:
+    """What `api.plan` is told, checked before anything is read."""
     criteria.get(criterion)
-    return Options(ratio, scope, reading.multiple_of(multiple_of), keep_at_least, tuple(include or ()), tuple(exclude or ()),
-                   reading.read_ratios(ratios), normalize)
+    width, own = reading.multiple_of(multiple_of), reading.read_ratios(ratios)
+    options = Options(0.5 if ratio is None else ratio, scope or "local", width, keep_at_least, tuple(include or ()), tuple(exclude or ()),
+                      own, normalize)
+    return {
+        "ratio": ratio, "scope": scope, "criterion": criterion, "multiple_of": width, "keep_at_least": keep_at_least,
+        "include": options.include, "exclude": options.exclude, "ratios": own, "normalize": normalize, "aggregate": aggregate,
+        "swaps": swaps, "loss": loss, "damping": damping, "seed": seed,
+    }  # fmt: skip
+
+
+def _budget(
+    ratio: float | None, scope: str | None, target: list[str] | None, allocation: str, max_drop: float | None, metric: str | None,
+    output: str | None, provider: str, threads: int, time_limit: float, repair: RepairOptions,
+) -> Budget:
+    """The budget, checked before anything is read."""
+    find_engine(provider, "provider")
+    budget = Budget(tuple(target or ()), allocation, max_drop, metric, None, output, provider, threads, time_limit, repair)
+    api.check_limits(budget, ratio, scope)
+    if allocation != "auto" and not budget.asks:
+        raise BadOption("--allocation says how a budget is spread: give one with --target or --max-drop.")
+    return budget
+
+
+def _judged_on(
+    term: Terminal, analysis: api.Analysis, budget: Budget, evaluate: str | None, preprocess: str | None, tokenizer: str | None,
+    samples: int, batch: int, length: int | None, labels: str | None, seed: int,
+) -> Budget:
+    """The budget with the data of --evaluate, read in the same way as the calibration data."""
+    if evaluate is None:
+        return budget
+    return replace(budget, evaluate=evidence_of(term, analysis, evaluate, preprocess, tokenizer, samples, batch, length, labels, seed))
 
 
 def _written(output: Path, plan_out: Path | None, repaired: Path | None) -> dict[str, Path]:
@@ -158,18 +204,6 @@ def _save_repaired(result: api.Result, path: Path | None) -> None:
         result.save_repaired(path, plan=reading.plan_name(path))
 
 
-def _decided(
-    term: Terminal, analysis: api.Analysis, options: Options, criterion: str, seed: int, evidence: Evidence | None, aggregate: str | None,
-    swaps: int, loss: str, damping: float,
-) -> spa.Plan:
-    return api.plan(
-        analysis, options.ratio, criterion=criterion, scope=options.scope, multiple_of=options.multiple_of,
-        keep_at_least=options.keep_at_least, include=options.include, exclude=options.exclude, ratios=options.ratios, seed=seed,
-        calibration=evidence, aggregate=aggregate, normalize=options.normalize, swaps=swaps, loss=loss, damping=damping,
-        stage=term.stage,
-    )
-
-
 def _timing(term: Terminal, result: api.Result, feeds: Feeds | None, seed: int, threads: int) -> Race | None:
     """Latency before and after; None, with a word on stderr, where the original does not run."""
     analysis = result.analysis
@@ -183,6 +217,10 @@ def _timing(term: Terminal, result: api.Result, feeds: Feeds | None, seed: int, 
         return None
 
 
+def _met(decided: spa.Plan) -> list[Any]:
+    return [budget_table(decided.options["budget"])] if "budget" in decided.options else []
+
+
 def _notes(decided: spa.Plan) -> list[Any]:
     return [report.notes(decided.notes)] if decided.notes else []
 
@@ -190,7 +228,7 @@ def _notes(decided: spa.Plan) -> list[Any]:
 def _tables(result: api.Result, sizes: tuple[int, int], timing: Race | None) -> list[Any]:
     groups = result.analysis.groups
     return [
-        report.comparison(result.before, result.after, sizes=sizes, race=timing), report.pruned(result.plan, groups.by_name),
+        report.comparison(result.before, result.after, sizes=sizes, race=timing), *_met(result.plan), report.pruned(result.plan, groups.by_name),
         report.frozen(frozen_causes(groups), result.before), *_notes(result.plan), *_repair(result), report.proof(result.check),
     ]
 
@@ -202,7 +240,8 @@ def _repair(result: api.Result) -> list[Any]:
 def _outcome(decided: spa.Plan, before: spa.Counts, after: spa.Counts, causes: Sequence[Cause]) -> dict[str, Any]:
     pruned = [{"name": n, "from": e["size"], "to": len(e["kept"])} for n, e in decided.groups.items()]
     return {"before": report.counts_data(before), "after": report.counts_data(after), "groups": pruned,
-            "frozen": [report.cause_data(c) for c in causes], "notes": dict(decided.notes)}
+            "frozen": [report.cause_data(c) for c in causes], "notes": dict(decided.notes),
+            "budget": decided.options.get("budget")}
 
 
 def _result(result: api.Result, sizes: tuple[int, int], timing: Race | None) -> dict[str, Any]:

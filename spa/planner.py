@@ -1,0 +1,333 @@
+"""From a budget to a removal: the problem is put together from groups, scores and costs, decided by `spa.allocate`, and judged.
+
+* target: limits of costs, which allocation meets on the safe side.
+* max_drop: a limit of what may be lost by a metric; the largest removal within it is searched by bisection.
+* both: the target must be met within the drop, or it is refused with what is possible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spa.allocate import WAYS, Allocation, Costs, Problem, allocate, check_possible
+from spa.analysis import Analysis, evidence_for
+from spa.budget import Target, amount, read_targets
+from spa.choose import NORMALIZATIONS, Space, lowest
+from spa.costs import CostModel
+from spa.cutting import cut
+from spa.errors import BadOption
+from spa.evidence import Evidence
+from spa.groups import Groups
+from spa.metrics import METRICS, find_metric
+from spa.quality import Judge, automatic, first, judge, measured_losses, split
+from spa.repair import RepairOptions
+from spa.score import Scores, score
+from spa.stages import Stage, quiet
+from spa.store import Model
+from spa.views import Data
+
+Array = NDArray[np.float64]
+
+TRIES = 8  # prunings that the search for --max-drop makes
+MEASURED = 128  # samples that losses of groups are measured on, and fitted on for that
+ESTIMATE = "obspa-greedy"  # its scores are errors that are left after repair
+TIME_LIMIT = 300.0  # seconds for measuring losses
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a pruned model may cost and lose.
+
+    target: such as "macs=0.5", "params=2M", "size=8MB", "memory=64MB", "latency=20ms", "latency=0.6x"; several are all met.
+    allocation: how widths are found: auto, uniform, global, sensitivity or solver. max_drop: of the metric, in its own unit (points of
+    accuracy). metric: a name of `spa.metrics.METRICS` or module:function. evaluate: data to judge on, as calibration takes them; by default
+    a quarter of the calibration data is held out. output: the name of the output that is looked at, by default the first. provider,
+    threads: what latency means. time_limit: seconds for measuring losses. repair: what pruned models get before they are judged.
+    """
+
+    target: tuple[str, ...] = ()
+    allocation: str = "auto"
+    max_drop: float | None = None
+    metric: str | None = None
+    evaluate: Any = field(default=None, repr=False)
+    output: str | None = None
+    provider: str = "cpu"
+    threads: int = 0
+    time_limit: float = TIME_LIMIT
+    repair: RepairOptions | str = "none"
+
+    def __post_init__(self) -> None:
+        read_targets(self.target)
+        if self.allocation not in WAYS:
+            raise BadOption(f"--allocation is {self.allocation!r}; the choice is: {', '.join(WAYS)}.")
+        if self.max_drop is not None and not 0 <= self.max_drop < np.inf:
+            raise BadOption(f"--max-drop is {self.max_drop}, but must be 0 or more: 1.0 allows one point of accuracy.")
+        if self.metric is not None:
+            find_metric(self.metric)
+        if not self.time_limit >= 0:
+            raise BadOption(f"--time-limit is {self.time_limit}, but must be 0 or more seconds.")
+
+    @property
+    def asks(self) -> bool:
+        """Whether there is any limit."""
+        return bool(self.target) or self.max_drop is not None
+
+    @property
+    def measures(self) -> bool:
+        """Whether losses of groups are measured where there are data."""
+        return self.asks and self.time_limit > 0 and self.allocation in ("auto", "sensitivity", "solver")
+
+    @property
+    def judges(self) -> bool:
+        """Whether pruned models are evaluated."""
+        return self.max_drop is not None or self.metric is not None or self.evaluate is not None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What goes, and what is known of it. quality: metric -> (dense, pruned); record: all of it for the plan, as plain data."""
+
+    gone: NDArray[np.bool_]
+    allocation: Allocation
+    quality: Mapping[str, tuple[float, float]]
+    record: Mapping[str, Any]
+
+
+class Planner:
+    """Finds the removal that a budget asks for, on one model with its scores."""
+
+    def __init__(
+        self, analysis: Analysis, space: Space, scores: Scores, budget: Budget, evidence: Evidence | None, *, normalize: str = "mean",
+        seed: int = 0, stage: Stage = quiet,
+    ) -> None:  # fmt: skip
+        """`evidence` is what repairs are fitted on; `budget.evaluate` what is judged on, read already (see `with_data`)."""
+        self.analysis, self.space, self.scores, self.budget = analysis, space, scores, budget
+        self.seed, self.stage = seed, stage
+        self.groups = analysis.groups
+        self.fit, self.held = evidence, budget.evaluate
+        self.costs = static_costs(self.groups, analysis.given.nbytes)
+        self.targets = read_targets(budget.target)
+        self._scored = score_losses(space, scores, normalize)
+        self._estimated: Sequence[Array] | None = None
+        self._judge: Judge | None = None
+        self._losses: Sequence[Array] | None = None
+        self.measured = 0
+
+    def decide(self) -> Decision:
+        """The removal. Raises BadOption for what is impossible."""
+        if self.budget.max_drop is None:
+            found = self._allocated(self.targets)
+            return self._decision(found, self._quality(found) if self.budget.judges else None)
+        if self.targets:
+            found = self._allocated(self.targets)
+            value = self._quality(found)
+            if self._drop(value) <= self.budget.max_drop:
+                return self._decision(found, value)
+            best, value = self._within_drop(found.costs["macs"] / found.dense["macs"])
+            raise BadOption(f"--target {' '.join(self.budget.target)} loses {self._lost(self._quality(found))}, more than --max-drop "
+                            f"{self.budget.max_drop:g}; within it, macs={best.costs['macs'] / best.dense['macs']:.3g} was found, "
+                            f"which loses {self._lost(value)}. Give one of the two limits up.")  # fmt: skip
+        return self._decision(*self._within_drop(0.0))
+
+    # ------------------------------------------------------------------ allocation
+
+    def _allocated(self, targets: Sequence[Target]) -> Allocation:
+        way = self.budget.allocation
+        if way == "auto":  # scores of weights say which channels of a group to remove, but weigh groups badly
+            way = "solver" if self.fit is not None and self.fit.batches else "uniform"
+        losses = self._scored if way in ("uniform", "global") else self.losses()
+        with self.stage("choosing widths"):
+            return decide(self.groups, self.space, self.costs, targets, way=way, losses=losses)
+
+    def losses(self) -> Sequence[Array]:
+        """Loss on each rung: measured where there are data and time, else estimated, else the sum of the scores that go."""
+        if self._losses is None:
+            if self.held is None or self.held.noise or not self.budget.measures:
+                self._losses = self.estimates()
+            else:
+                self._losses, self.measured = self._measure()
+        return self._losses
+
+    def estimates(self) -> Sequence[Array]:
+        """What the layers behind each group lose of their outputs' energy after repair, added up as channels go; scores without data."""
+        if self._estimated is None:
+            if self.fit is None or not self.fit.batches:
+                self._estimated = self._scored
+            else:
+                with self.stage("estimating losses"):
+                    data = Data(self.fit.model, self.fit.batches, labels=self.fit.labels)
+                    found = score(self.analysis.normal.model.graph, self.groups, ESTIMATE, seed=self.seed, data=data,
+                                  only=self.space.chosen, relative=True)  # fmt: skip
+                self._estimated = score_losses(self.space, found, "none")
+        return self._estimated
+
+    def _measure(self) -> tuple[Sequence[Array], int]:
+        assert self.held is not None
+        name = self.budget.metric or ""
+        chosen = METRICS["kl" if name in ("accuracy", "top5", "agreement", "kl", "perplexity") else "error"]
+        judged = judge(self.analysis.normal.model, chosen, first(self.held, MEASURED), output=self.budget.output)
+        fit = None if self.fit is None else first(self.fit, MEASURED)
+        ladders = [self.space.ladder(g) for g in self.space.chosen]
+
+        def loss(position: int, width: int) -> float:
+            gone = lowest(self.groups, self.scores, {self.space.chosen[position].index: width})
+            return judged.drop(cut(self.analysis, gone, repair=self.budget.repair, calibration=fit, seed=self.seed).model)
+
+        guesses = self.estimates()
+        with self.stage("measuring losses"):
+            return measured_losses(ladders, loss, guesses=guesses, seconds=self.budget.time_limit)
+
+    # ------------------------------------------------------------------ quality
+
+    def judge(self) -> Judge:
+        """What evaluates pruned models by the metric that was asked for. Raises BadOption where there are no data for it."""
+        if self._judge is None:
+            labels = None if self.held is None else self.held.labels
+            metric = find_metric(self.budget.metric) if self.budget.metric else automatic(None, labels)
+            if self.held is None and metric.whole is None:
+                raise BadOption(f"--max-drop and --metric {metric.name} compare outputs on data: give some with --calibration or "
+                                "--evaluate.")  # fmt: skip
+            if self.held is not None and self.held.noise and metric.whole is None:
+                raise BadOption(f"--metric {metric.name} says nothing on made-up data ({self.held.name}): give real ones with --evaluate.")
+            held = self.held or Evidence("nothing", (), self.analysis.normal.model, False)
+            with self.stage("evaluating"):
+                self._judge = judge(self.analysis.normal.model, metric, held, output=self.budget.output)
+        return self._judge
+
+    def _quality(self, found: Allocation) -> float:
+        judged = self.judge()
+        model = self._cut(lowest(self.groups, self.scores, found.widths))
+        with self.stage("evaluating"):
+            return judged(model)
+
+    def _drop(self, value: float) -> float:
+        judged = self.judge()
+        return judged.metric.drop(judged.value, value)
+
+    def _lost(self, value: float) -> str:
+        metric = self.judge().metric
+        return f"{self._drop(value):.4g} {metric.unit or metric.name}".strip()
+
+    def _within_drop(self, least: float) -> tuple[Allocation, float]:
+        """The cheapest allocation that loses no more than allowed, by bisection on the share of MACs."""
+        limit = self.budget.max_drop
+        assert limit is not None
+        low, high = max(least, self._least()), 1.0
+        best: tuple[Allocation, float] | None = None
+        tried = []
+        for _ in range(TRIES):
+            middle = (low + high) / 2
+            found = self._allocated((Target("macs", middle, True),))
+            value = self._quality(found)
+            tried.append(self._drop(value))
+            if tried[-1] <= limit:
+                best, high = (found, value), min(middle, found.costs["macs"] / found.dense["macs"])
+            else:
+                low = middle
+        if best is None:
+            raise BadOption(f"--max-drop {limit:g} by {self.judge().metric.name} allows nothing: the smallest removal that was tried loses "
+                            f"{min(tried):.4g}. Allow more, or repair more (--repair obspa with --calibration).")  # fmt: skip
+        return best
+
+    def _least(self) -> float:
+        """The share of MACs that is left at the smallest widths."""
+        dense = np.array([g.size for g in self.groups.groups], np.float64)
+        small = dense.copy()
+        for group in self.space.chosen:
+            small[group.index] = self.space.ladder(group)[0]
+        macs = self.costs(np.stack([small, dense]))["macs"]
+        return float(macs[0] / max(macs[1], 1.0))
+
+    def _cut(self, gone: NDArray[np.bool_]) -> Model:
+        return cut(self.analysis, gone, repair=self.budget.repair, calibration=self.fit, seed=self.seed).model
+
+    def _source(self, way: str) -> str:
+        """Where the losses came from, for people."""
+        if way == "uniform":
+            return "not looked at"
+        if way == "global" or self._losses is self._scored:
+            return "from scores"
+        return f"measured at {self.measured} widths" if self.measured else "estimated from errors of layers after repair"
+
+    def _decision(self, found: Allocation, value: float | None) -> Decision:
+        quality = {} if value is None else {self.judge().metric.name: (self.judge().value, value)}
+        record = {
+            "target": list(self.budget.target), "max_drop": self.budget.max_drop, "allocation": found.way,
+            "losses": self._source(found.way),
+            "costs": {k: [found.dense[k], found.costs[k], found.limits.get(k)] for k in found.costs},
+            "quality": {k: list(v) for k, v in quality.items()},
+        }  # fmt: skip
+        if quality:
+            record["evaluated"] = self.held.samples if self.held is not None else None
+        return Decision(lowest(self.groups, self.scores, found.widths), found, quality, record)
+
+
+def with_data(
+    analysis: Analysis, budget: Budget, evidence: Evidence | None, *, seed: int = 0, stage: Stage = quiet
+) -> tuple[Budget, Evidence | None]:
+    """The budget with data to judge on, and the data that are left to fit on: a quarter is held out where no others are given."""
+    if budget.evaluate is not None:
+        return replace(budget, evaluate=evidence_for(analysis, budget.evaluate, seed=seed, stage=stage)), evidence
+    if evidence is None or evidence.noise or not (budget.judges or budget.measures):
+        return replace(budget, evaluate=evidence if budget.judges else None), evidence
+    fit, held = split(evidence)
+    return replace(budget, evaluate=held), fit
+
+
+def score_losses(space: Space, scores: Scores, normalize: str) -> list[Array]:
+    """Loss on each rung of each group's ladder: the sum of the scores that go, made comparable between groups."""
+    found = []
+    for group in space.chosen:
+        ordered = np.sort(NORMALIZATIONS[normalize](scores.values[group.coordinates]))
+        lost = np.concatenate([[0.0], np.cumsum(ordered - min(ordered[0], 0.0))])
+        found.append(lost[group.size - space.ladder(group)])
+    return found
+
+
+def even_losses(space: Space) -> list[Array]:
+    """Losses that spread a removal evenly: the square of the share that goes, times the size."""
+    return [((1 - space.ladder(g) / g.size) ** 2) * g.size for g in space.chosen]
+
+
+def decide(groups: Groups, space: Space, costs: Costs, targets: Sequence[Target], *, way: str, losses: Sequence[Array]) -> Allocation:
+    """Widths that meet the targets; see `spa.allocate.allocate` for the ways. Raises BadOption for what is impossible."""
+    dense = np.array([g.size for g in groups.groups], np.float64)
+    whole = costs(dense[None])
+    limits = {t.kind: t.limit(float(whole[t.kind][0])) for t in targets}
+    if all(limit >= whole[kind][0] for kind, limit in limits.items()):
+        found = ", ".join(f"{kind} {amount(kind, float(whole[kind][0]))}" for kind in limits)
+        raise BadOption(f"The model is within the target already ({found}): there is nothing to prune for it.")
+    ladders = tuple(space.ladder(g) for g in space.chosen)
+    chosen = tuple(g.index for g in space.chosen)
+    problem = Problem(dense, chosen, ladders, tuple(even_losses(space) if way == "uniform" else losses), costs, limits)
+    check_possible(problem)
+    return allocate(problem, way, _evenly(space, ladders))
+
+
+def _evenly(space: Space, ladders: Sequence[NDArray[np.int64]]) -> Callable[[float], NDArray[np.int64]]:
+    """Rungs on which every group loses a share, groups with a ratio of their own in proportion to it."""
+    own = [space.wanted[g.index] for g in space.chosen]
+    most = max(own, default=1.0) or 1.0
+
+    def even(share: float) -> NDArray[np.int64]:
+        kept = [space.kept(g, g.size * (1 - share * w / most)) for g, w in zip(space.chosen, own, strict=True)]
+        return np.array([int(np.searchsorted(x, k)) for x, k in zip(ladders, kept, strict=True)], np.int64)
+
+    return even
+
+
+def static_costs(groups: Groups, file_bytes: int) -> Costs:
+    """Costs that are known without a run: macs, params, size, memory. `file_bytes`: of the model as it is."""
+    model = CostModel(groups)
+    overhead = int(file_bytes - model.costs(model.dense[None])["size"][0])
+
+    def costs(widths: Array) -> Mapping[str, Array]:
+        found = dict(model.costs(widths))
+        return found | {"size": found["size"] + overhead}
+
+    return costs
