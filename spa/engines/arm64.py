@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from spa.align import block_of
 from spa.engines.table import Engine, Opened, Settings, engine
 from spa.engines.worker import Remote, child, version_of, why_not
 from spa.store import Model
@@ -47,4 +48,5 @@ def load(model: Model, settings: Settings) -> Opened:
     return Remote(command(), model, settings, name="ONNX Runtime for arm64")
 
 
-ARM64 = engine(Engine("arm64", "provider", load, missing, lambda: f"{version_of(command())}, qemu", timed=EMULATED))
+ARM64 = engine(Engine("arm64", "provider", load, missing, lambda: f"{version_of(command())}, qemu", timed=EMULATED,
+                      block=lambda: block_of("arm64")))  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from spa.align import block_of
 from spa.engines.children.ort import devices, version_of
 from spa.engines.providers import here
 from spa.engines.table import Engine, engine
@@ -26,8 +27,8 @@ EXACT = {"use_tf32": "0", "cudnn_conv_algo_search": "EXHAUSTIVE"}
 CUDA = engine(Engine("cuda", "provider",
                      here("CUDAExecutionProvider", "CUDA", device="cuda", defaults=EXACT),
                      partial(missing, "CUDA", "CUDAExecutionProvider"), partial(version_of, "CUDAExecutionProvider"),
-                     block=lambda: 8))  # fmt: skip
+                     block=lambda: block_of("cuda")))  # fmt: skip
 TENSORRT = engine(Engine("tensorrt", "provider",
                          here("TensorrtExecutionProvider", "TensorRT", device="cuda", defaults={"trt_fp16_enable": "0"}),
                          partial(missing, "TensorRT", "TensorrtExecutionProvider", " tensorrt"),
-                         partial(version_of, "TensorrtExecutionProvider"), block=lambda: 8))  # fmt: skip
+                         partial(version_of, "TensorrtExecutionProvider"), block=lambda: block_of("tensorrt")))  # fmt: skip

@@ -6,6 +6,7 @@ option `precision=bf16` asks for what it would do by itself. The plugin offers d
 
 from __future__ import annotations
 
+from spa.align import block_of
 from spa.engines.providers import elsewhere, provider_child
 from spa.engines.table import Engine, engine
 from spa.engines.worker import version_of, why_not
@@ -15,4 +16,5 @@ _INSTALL = ("ONNX Runtime's OpenVINO provider can't be used here: pip install 's
             "onnxruntime-openvino into an environment of its own and name its Python in SPA_OPENVINO_EP_PYTHON")  # fmt: skip
 
 OPENVINO = engine(Engine("openvino", "provider", elsewhere(_COMMAND, "OpenVINO", defaults={"precision": "f32"}),
-                         lambda: why_not(_COMMAND(), _INSTALL), lambda: version_of(_COMMAND()), thread_time=True))  # fmt: skip
+                         lambda: why_not(_COMMAND(), _INSTALL), lambda: version_of(_COMMAND()), thread_time=True,
+                         block=lambda: block_of("openvino")))  # fmt: skip

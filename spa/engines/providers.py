@@ -27,7 +27,7 @@ from spa.store import Model, save, to_bytes
 class Here:
     """A session in this process. Raises UnsupportedModel with the runtime's own words."""
 
-    def __init__(self, model: Model, settings: Settings, *, provider: str, label: str, device: str = "") -> None:
+    def __init__(self, model: Model, settings: Settings, *, provider: str, label: str = "", device: str = "") -> None:
         self.label, self.device = label, device
         with tempfile.TemporaryDirectory() as folder, self._named("load"):
             path = Path(folder) / "model.onnx"
@@ -59,7 +59,7 @@ class Here:
             yield
         except Exception as error:  # onnxruntime raises classes of its own for each status
             text = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise UnsupportedModel(f"{self.label} does not {what} the model: {text}") from error
+            raise UnsupportedModel(f"{self.label} does not {what} the model: {text}" if self.label else text) from error
 
 
 class Sized(Converted):
@@ -75,7 +75,7 @@ def here(provider: str, label: str, *, defaults: Mapping[str, str], device: str 
     """How a provider of this process loads a model."""
     def load(model: Model, settings: Settings) -> Opened:
         return Sized(model, with_defaults(settings, defaults),
-                     lambda m, s: Here(m, s, provider=provider, label=label, device=device), label=label)  # fmt: skip
+                     lambda m, s: Here(m, s, provider=provider, device=device), label=label)  # fmt: skip
 
     return load
 

@@ -6,6 +6,7 @@ Its numbers, the padding of channels and the size of the context binary are thos
 
 from __future__ import annotations
 
+from spa.align import block_of
 from spa.engines.providers import elsewhere, provider_child
 from spa.engines.table import TOLERANCES, Engine, Settings, engine
 from spa.engines.worker import version_of, why_not
@@ -19,7 +20,7 @@ _INSTALL = "ONNX Runtime's QNN provider is not here: pip install 'spa-prune[qnn]
 
 QNN = engine(Engine("qnn", "provider", elsewhere(_COMMAND, "QNN", defaults=SNAPDRAGON_8_GEN_3), lambda: why_not(_COMMAND(), _INSTALL),
                     lambda: version_of(_COMMAND()), {**TOLERANCES, "float32": TOLERANCES["float16"]}, timed=SIMULATED,
-                    block=lambda: 32))  # fmt: skip
+                    block=lambda: block_of("qnn")))  # fmt: skip
 
 
 def context_bytes(model: Model, feeds: Feeds, settings: Settings | None = None) -> int:

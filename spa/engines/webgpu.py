@@ -6,6 +6,7 @@ import glob
 import os
 from pathlib import Path
 
+from spa.align import block_of
 from spa.engines.providers import elsewhere, provider_child
 from spa.engines.table import Engine, engine
 from spa.engines.worker import version_of, why_not
@@ -30,4 +31,5 @@ def emulated() -> str:
 
 
 WEBGPU = engine(Engine("webgpu", "provider", elsewhere(_COMMAND, "WebGPU", defaults={}, environment=drivers),
-                       lambda: why_not(_COMMAND(), _INSTALL), lambda: version_of(_COMMAND()), timed=emulated()))  # fmt: skip
+                       lambda: why_not(_COMMAND(), _INSTALL), lambda: version_of(_COMMAND()), timed=emulated(),
+                       block=lambda: block_of("webgpu")))  # fmt: skip

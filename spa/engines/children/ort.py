@@ -204,7 +204,7 @@ def placement_of(session: Any, provider: str, log: str) -> tuple[dict[str, int],
 
 def last_error_in(log: str) -> str:
     """The last error that was logged."""
-    found = [m["text"].strip() for m in ERROR.finditer(log)]
+    found = [re.sub(r".*\[ONNXRuntimeError\] : \d+ : \w+ : ", "", m["text"]).strip() for m in ERROR.finditer(log)]
     return found[-1] if found else "it gave no reason"
 
 
