@@ -88,8 +88,9 @@ def test_a_heavy_tail_does_not_move_the_ratio() -> None:
 
 def test_intervals_are_seeded_and_bounded_in_memory() -> None:
     first, other = timings(0.9, rounds=20)
-    assert paired(other, first, seed=3) == paired(other, first, seed=3)
-    assert len({paired(other, first, seed=s) for s in range(20)}) > 1
+    drawn = [paired(other, first, seed=s) for s in range(20)]
+    assert len(set(drawn)) > 1
+    assert drawn == [paired(other, first, seed=s) for s in range(20)]
     many = paired(np.tile(other, 100), np.tile(first, 100))
     assert many.high - many.low < paired(other, first).high - paired(other, first).low
 
@@ -137,6 +138,9 @@ class Fake:
         return {self.name: feeds["x"]}
 
     def bound(self, feeds: Feeds) -> Callable[[], None]:
+        if Fake.seconds.get(self.name) == "breaks":
+            raise RuntimeError("\nout of luck\nat line 3")
+
         def call() -> None:
             Fake.log.append(f"{self.name}{self.number}")
             told = Fake.seconds.get(f"{self.name}{self.number}", Fake.seconds.get(self.name, 1.0))
@@ -229,6 +233,13 @@ def test_a_model_that_does_not_load_or_run() -> None:
         spa.race({"bad": spa.load(net("float[2,4] x -> float[2,4] y", "y = my.Strange(x)"))}, X)
     with pytest.raises(UnsupportedModel, match="dense does not run: .*invalid dimensions for input: x"):
         spa.race({"dense": one()}, {"x": np.ones((2, 7), np.float32)})
+
+
+def test_what_was_opened_before_a_failure_is_closed() -> None:
+    Fake.seconds = {"b": "breaks"}
+    with pytest.raises(UnsupportedModel, match="^B does not load: out of luck$"):
+        spa.race({"A": named("a"), "B": named("b")}, X, engine="fake")
+    assert (len(Fake.loads), Fake.open) == (3, 0)
 
 
 def test_no_models() -> None:
@@ -399,6 +410,8 @@ def test_padded_macs_of_products() -> None:
     products = 5 * 5 * 20 * 2  # of two activations: as they are
     assert padded_macs(groups, 16) == (5 * 12 * 20 * 2 + products, 5 * 12 * 32 * 2 + products)  # what is given is 12 wide
     assert padded_macs(groups, 1)[0] == padded_macs(groups, 1)[1]
+    many = spa.analyze(net("float[3,5,12] x -> float[3,5,20] y", "r = Relu(x) y = MatMul(r, w)", w=(3, 12, 20))).groups
+    assert padded_macs(many, 16) == (3 * 5 * 12 * 20, 3 * 5 * 16 * 32)  # three products, each of them padded, not 16 products
 
 
 def test_padded_macs_of_recurrence() -> None:
@@ -451,18 +464,21 @@ def test_profiles_are_read() -> None:
 
 
 def test_profile_of_a_real_run() -> None:
-    dense = spa.load(convnet(64))
-    small = spa.prune(convnet(64), 0.5).model
+    made = convnet(64)
+    for node in made.graph.node:
+        node.name = f"/{node.op_type} of {node.output[0]}"
+    dense, small = spa.load(made), spa.prune(made, 0.5).model
     before, after = profiles({"dense": dense, "small": small}, {"x": np.ones((1, 3, 8, 8), np.float32)}, runs=3)
     for profile in (before, after):
         assert profile.runs == 3
-        assert {"a", "b", "c"} <= set(profile.by_key())
+        assert {"a", "b", "c", "y"} <= set(profile.by_key())
+        assert profile.by_key()["a"].node == "/Conv of a"
         assert {n.provider for n in profile.nodes} == {"CPUExecutionProvider"}
         assert {"Conv", "MatMul"} <= set(profile.by_op()) or "Gemm" in profile.by_op()
         assert 0 < profile.total == pytest.approx(sum(profile.by_op().values()))
     found = race_report.changes(before, after)
     assert [abs(c["change"]) for c in found] == sorted((abs(c["change"]) for c in found), reverse=True)
-    assert {c["node"] for c in found} >= {"a", "b", "c"}
+    assert {c["node"] for c in found} >= {"/Conv of a", "/Conv of b", "/Conv of c", "/MatMul of y"}
 
 
 def test_an_engine_without_profile_says_so() -> None:
@@ -579,6 +595,12 @@ def test_bad_options_are_sentences(files: list[str], args: list[str], says: str)
     assert result.exit_code == 2
     assert says in result.stderr
     assert result.stdout == ""
+
+
+def test_an_untimed_engine_is_refused_before_anything_is_read() -> None:
+    result = command("no such file", "--provider", "simulator")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "not the chip's" in result.stderr
 
 
 def test_another_runtime_and_profile_that_it_has_not(files: list[str]) -> None:
