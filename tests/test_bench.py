@@ -8,7 +8,6 @@ import json
 import math
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from apart_engine import APART
 from rich.console import Console
 from test_trace import net
 from typer.testing import CliRunner
@@ -153,42 +153,15 @@ class Fake:
         Fake.open -= 1
 
 
-def apart_load(model: spa.Model, settings: Settings) -> Any:
-    """Runs Relu in numpy, in whatever process this is."""
-
-    class Here:
-        placement = Placement({f"process {os.getpid()}": 1}, proven=False)
-
-        def run(self, feeds: Feeds) -> Feeds:
-            return {"y": np.maximum(feeds["x"], 0)}
-
-        def bound(self, feeds: Feeds) -> Callable[[], None]:
-            if settings.options.get("fail", str(os.getpid())) != str(os.getpid()):
-                raise RuntimeError("no such luck")
-
-            def call() -> None:
-                time.sleep(1e-4)
-                self.run(feeds)
-
-            return call
-
-        def close(self) -> None: ...
-
-    return Here()
-
-
-if "test_bench" in sys.modules and __name__ == "test_bench":  # what a process of its own imports to find the engine
-    engine(Engine("test-apart", "runtime", apart_load, lambda: "", lambda: "apart 1", apart=True, thread_time=True))
-
-
 @pytest.fixture(autouse=True)
 def _fakes() -> Iterator[None]:
     Fake.log, Fake.loads, Fake.seconds, Fake.open = [], [], {}, 0
     engine(Engine("fake", "runtime", Fake, lambda: "", lambda: "fake 1", thread_time=True, block=lambda: 32))
     engine(Engine("slow-clock", "provider", Fake, lambda: "", lambda: "fake 1"))
     engine(Engine("simulator", "provider", Fake, lambda: "", lambda: "", timed="A simulator's time is not the chip's: use spa check."))
+    engine(APART)
     yield
-    for name in ("fake", "slow-clock", "simulator"):
+    for name in ("fake", "slow-clock", "simulator", APART.name):
         del ENGINES[name]
     assert Fake.open == 0  # whatever was opened is closed
 
@@ -366,7 +339,7 @@ def test_engines_apart_get_a_process_each() -> None:
 
 def test_what_fails_apart_is_a_sentence() -> None:
     with pytest.raises(UnsupportedModel, match="no such luck"):
-        spa.race({"A": named("y")}, X, engine="test-apart", rounds=1, options={"fail": str(os.getpid())})
+        spa.race({"A": named("y")}, X, engine="test-apart", rounds=1, options={"only": str(os.getpid())})
 
 
 # ---------------------------------------------------------------------- counted beside the clock
