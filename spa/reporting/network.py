@@ -28,7 +28,7 @@ from spa.trace import NodeTrace, node_name, outer_values
 from spa.view import dtype_is_float
 
 REASONS = 4  # of one node
-LEAST = 0.005  # share of the parameters from which on freezing is told of
+LEAST = 0.05  # share of the parameters from which on freezing is told of
 
 
 def network_data(groups: Groups, gone: NDArray[np.bool_], batch: int = 1) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def channels(groups: Groups) -> list[Group]:
             return True
         ends = not group.frozen.node  # the graph's own inputs and outputs
         weighs = group.parameters * group.size > LEAST * total
-        return group.parameters > 0 and (ends or (weighs and any(v not in groups.traced.constants for v, _ in group.sites)))
+        return group.parameters > 0 and group.size > 1 and (ends or (weighs and any(v not in groups.traced.constants for v, _ in group.sites)))
 
     return [g for g in groups.groups if told(g)]
 
