@@ -8,12 +8,13 @@ convolutions.
 
 | engine | block | why |
 |---|---|---|
-| cpu, ncnn, mnn, tract | 16, 8 without AVX-512 | a vector of float32 (cpu: measured here; the others pack channels likewise) |
-| openvino | 32 with AMX, else as cpu | bfloat16 tiles of AMX are best at multiples of 32, float32 has a staircase of 16 (measured) |
+| cpu, node, ncnn, mnn, tract | 16, 8 without AVX-512 | a vector of float32 (cpu: measured here; the others pack channels likewise) |
+| openvino, openvino-native | 32 with AMX, else as cpu | tiles of bfloat16 are best at multiples of 32, float32 has a staircase of 16 (measured) |
 | litert, xnnpack | 32 | steps of 32 with AVX-512 (measured) |
 | qnn | 32 | Qualcomm: round channels up to a multiple of 32; activations are stored so (context binary: measured) |
 | cuda, tensorrt | 64 | NVIDIA: multiples of 8 for float16 and 4 for TF32 at the least, 64 for whole tiles (documents) |
-| arm64, webgpu, wasm, and those of JavaScript | 8 | vectors of 4; no blocks of channels, times grow without steps (wasm: measured) |
+| arm64, webgpu | 8 | vectors of 4, two at a time; arm64 has no blocks of channels |
+| node-wasm, browser-wasm, browser-webgpu | 4 | vectors of 4; times grow without steps (wasm: measured) |
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import platform
 from functools import lru_cache
 from pathlib import Path
 
-_FIXED = {"litert": 32, "xnnpack": 32, "qnn": 32, "cuda": 64, "tensorrt": 64, "arm64": 8, "webgpu": 8, "wasm": 8, "web": 8, "node": 8}
+_FIXED = {"litert": 32, "xnnpack": 32, "qnn": 32, "cuda": 64, "tensorrt": 64, "arm64": 8, "webgpu": 8, "node-wasm": 4,
+          "browser-wasm": 4, "browser-webgpu": 4}  # fmt: skip
 
 
 @lru_cache(maxsize=1)

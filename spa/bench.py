@@ -81,6 +81,12 @@ class Race:
         return self.itself is not None and self.rounds >= LEAST and self.itself.offset > 0
 
 
+def check_timed(engine: Engine) -> None:
+    """Raises BadOption, with the reason, if the times of an engine must not be reported."""
+    if engine.timed:
+        raise BadOption(f"Models can't be timed with {engine.name}: {engine.timed.rstrip('.')}.")
+
+
 @collector_paused()
 def race(
     models: Mapping[str, Model],
@@ -121,8 +127,7 @@ def race(
         If it does not load or run one of the models.
     """
     chosen = find(engine) if isinstance(engine, str) else engine
-    if chosen.timed:
-        raise BadOption(chosen.timed)
+    check_timed(chosen)
     if not models:
         raise BadOption("There is no model to time: give one or more.")
     each = list(feeds) if isinstance(feeds, Sequence) else [feeds] * len(models)

@@ -18,6 +18,7 @@ from typing import Any
 
 import onnx_graphsurgeon as gs
 
+from spa.bench import check_timed
 from spa.engines.table import Engine, Settings, find
 from spa.errors import BadOption
 from spa.feeds import Feeds
@@ -88,8 +89,7 @@ def profiles(
     Raises BadOption if the engine is not there or writes no profile, UnsupportedModel if it does not run a model.
     """
     chosen = find(engine) if isinstance(engine, str) else engine
-    if chosen.timed:
-        raise BadOption(chosen.timed)
+    check_timed(chosen)
     each = list(feeds) if isinstance(feeds, Sequence) else [feeds] * len(models)
     found = []
     for (name, model), fed in zip(models.items(), each, strict=True):

@@ -27,7 +27,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, name: str, flags: str) -> None:
 )
 def test_blocks_of_the_processor(monkeypatch: pytest.MonkeyPatch, name: str, flags: str, block: int) -> None:
     machine(monkeypatch, name, flags)
-    assert {align.block_of(n) for n in ("cpu", "ncnn", "mnn", "tract", "openvino", "anything")} == {block}
+    assert {align.block_of(n) for n in ("cpu", "node", "ncnn", "mnn", "tract", "openvino", "anything")} == {block}
 
 
 @pytest.mark.parametrize("flags, block", [("avx512f amx_bf16 amx_tile", 32), ("avx512f amx_tile", 16), ("avx2", 8)])
@@ -47,7 +47,7 @@ def test_no_file_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name, block", [
-    ("cuda", 64), ("tensorrt", 64), ("qnn", 32), ("litert", 32), ("xnnpack", 32), ("arm64", 8), ("webgpu", 8), ("wasm", 8)])
+    ("cuda", 64), ("tensorrt", 64), ("qnn", 32), ("litert", 32), ("xnnpack", 32), ("arm64", 8), ("webgpu", 8), ("node-wasm", 4)])
 def test_engines_with_blocks_of_their_own(name: str, block: int) -> None:
     assert align.block_of(name) == block
 

@@ -158,7 +158,7 @@ def _fakes() -> Iterator[None]:
     Fake.log, Fake.loads, Fake.seconds, Fake.open = [], [], {}, 0
     engine(Engine("fake", "runtime", Fake, lambda: "", lambda: "fake 1", thread_time=True, block=lambda: 32))
     engine(Engine("slow-clock", "provider", Fake, lambda: "", lambda: "fake 1"))
-    engine(Engine("simulator", "provider", Fake, lambda: "", lambda: "", timed="A simulator's time is not the chip's: use spa check."))
+    engine(Engine("simulator", "provider", Fake, lambda: "", lambda: "", timed="it is a simulator's time, not the chip's"))
     engine(APART)
     yield
     for name in ("fake", "slow-clock", "simulator", APART.name):
@@ -558,7 +558,7 @@ def test_the_command_shows_tables(files: list[str]) -> None:
     (["--provider", "cpuu"], "There is no provider 'cpuu'; near it are: cpu"),
     (["--runtime", "cpu"], "There is no runtime 'cpu'"),
     (["--provider", "cpu", "--runtime", "fake"], "give one of them"),
-    (["--provider", "simulator"], "A simulator's time is not the chip's: use spa check."),
+    (["--provider", "simulator"], "Models can't be timed with simulator: it is a simulator's time, not the chip's."),
     (["--rounds", "0"], "--rounds"),
     (["--threads", "-1"], "--threads"),
     (["--seconds", "-1"], "--seconds"),

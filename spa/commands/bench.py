@@ -14,7 +14,7 @@ from rich.text import Text
 
 import spa
 from spa import api, race_report, report
-from spa.bench import race
+from spa.bench import check_timed, race
 from spa.commands import options as given
 from spa.commands import reading
 from spa.commands.app import app
@@ -45,8 +45,7 @@ def bench(
     if provider is not None and runtime is not None:
         raise BadOption("--provider and --runtime both say what runs the models: give one of them.")
     engine = find(provider or "cpu", "provider") if runtime is None else find(runtime, "runtime")
-    if engine.timed:
-        raise BadOption(engine.timed)
+    check_timed(engine)
     term = Terminal(as_json, verbose)
     opened = {report.unique(str(m), [str(x) for x in models[:i]]): opened_model(term, m, {}) for i, m in enumerate(models)}
     fed = [drawn_inputs(term, m, inputs or (), feeds, seed) for m in opened.values()]
