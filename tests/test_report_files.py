@@ -20,7 +20,7 @@ from spa.repair import LayerRepair, Repaired
 from spa.report import amount
 from spa.reporting import check_report, report_data
 from spa.reporting.files import WRITERS
-from spa.reporting.folding import MOST, Block, folded, scopes
+from spa.reporting.folding import MOST, Block, _joined, folded, scopes
 from spa.reporting.html import as_html
 from spa.reporting.layout import GAP, arrange
 from spa.reporting.markdown import as_json, as_markdown, code, prose
@@ -363,6 +363,17 @@ def test_scopes():
     nodes = [node("/a/a.0/Conv"), node("Conv_3", "b.1.conv.weight"), node("Relu_4"), node("/Add")]
     assert scopes(nodes) == [("a", "a.0"), ("b", "1", "conv"), ("b", "1", "conv"), ()]
     assert folded(nodes) == (0, 1, 2, 3)
+
+
+def test_joined_names_say_nothing_twice():
+    assert [_joined(*n) for n in (("layer1", "layer1.0"), ("stages.0.blocks", "blocks.1"), ("stem", "conv"), ("1", "1x1"))] == [
+        "layer1.0", "stages.0.blocks.1", "stem.conv", "1.1x1"]  # fmt: skip
+
+
+def test_names_of_endless_depth_fold_too():
+    deep = "/a" * 5000
+    nodes = [{"name": f"{deep}/n{i}", "weights": [], "inputs": [], "outputs": []} for i in range(200)]
+    assert sum(p.size if isinstance(p, Block) else 1 for p in folded(nodes)) == 200
 
 
 def test_blocks_never_lead_in_a_circle():

@@ -6,9 +6,10 @@
 
 The picture in the README, of `spa prune efficientnet-lite0.onnx -o small.onnx --threads 1 --report report.html`:
 
-    python -m tools.screenshot report.html docs/report.png --height 1720 --colours 200 --script "document.querySelectorAll('#groups tbody tr')
-        .forEach((r, i) => i > 4 && r.remove()); document.querySelector('.view').scrollTop = 130; document.querySelectorAll('.item.node')[7]
-        .dispatchEvent(new MouseEvent('click', {bubbles: true}))"
+    python -m tools.screenshot report.html docs/report.png --height 1720 --colours 200 --script "
+        document.querySelectorAll('#groups tbody tr').forEach((r, i) => i > 4 && r.remove());
+        document.querySelector('.view').scrollTop = 130;
+        document.querySelectorAll('.item.node')[7].dispatchEvent(new MouseEvent('click', {bubbles: true}))"
 
 Needs Chromium (`apt install chromium`); it is driven through a pipe, as its own tools do, so nothing else is needed.
 """

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 MOST = 150  # nodes that are drawn without folding
 SHOWN = 48  # blocks and nodes that are aimed at beyond that
+DEPTH = 16  # scopes within each other that are told apart
 LARGE = 64  # nodes of a block that is opened further even so
 PIECE = 32  # nodes of a piece of a network without scopes
 
@@ -53,7 +54,7 @@ def scopes(nodes: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
         if "/" not in node["name"] and node["weights"]:
             parts = tuple(str(node["weights"][0]["name"]).split("."))
         known = "/" in node["name"] or len(parts) > 1
-        found.append(parts[:-1] if known else found[-1] if found else ())
+        found.append(parts[:-1][:DEPTH] if known else found[-1] if found else ())
     return found
 
 
@@ -75,8 +76,11 @@ def _tree(places: Sequence[tuple[str, ...]], start: int, stop: int, depth: int) 
 
 
 def _joined(outer: str, inner: str) -> str:
-    """One name for a block that holds nothing but another one."""
-    return inner if inner.startswith(f"{outer}.") else f"{outer}.{inner}"
+    """One name for what is in a block: "blocks" and "blocks.1" say it twice, "stem" and "conv" do not."""
+    if inner.startswith(f"{outer}."):
+        return inner
+    first = inner.partition(".")[0]
+    return outer + inner[len(first) :] if outer.rpartition(".")[2] == first and first != inner else f"{outer}.{inner}"
 
 
 def _shown(parts: tuple[Part, ...], nodes: Sequence[Mapping[str, Any]]) -> tuple[Part, ...]:

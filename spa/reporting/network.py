@@ -145,7 +145,8 @@ def channels(groups: Groups) -> list[Group]:
             return True
         ends = not group.frozen.node  # the graph's own inputs and outputs
         weighs = group.parameters * group.size > LEAST * total
-        return group.parameters > 0 and group.size > 1 and (ends or (weighs and any(v not in groups.traced.constants for v, _ in group.sites)))
+        told_of = ends or (weighs and any(v not in groups.traced.constants for v, _ in group.sites))
+        return group.parameters > 0 and group.size > 1 and told_of
 
     return [g for g in groups.groups if told(g)]
 
