@@ -39,6 +39,9 @@ def check(
         "--plan", metavar="PLAN", help="The plan that leads from A to B.", show_default=False)] = None,
     provider: Annotated[str | None, typer.Option(
         "--provider", metavar="NAME", help="Execution provider to prove it on, against the CPU's in float32.", show_default=False)] = None,
+    runtime: Annotated[str | None, typer.Option(
+        "--runtime", metavar="NAME", help="Other runtime to prove it on: openvino-native, ncnn, mnn, tract, litert, node, …",
+        show_default=False)] = None,
     form: Annotated[str, typer.Option("--format", metavar="FORMAT", help="onnx, or ort: converted to ORT format and run so.")] = "onnx",
     set_options: Annotated[list[str] | None, typer.Option(
         "--set", metavar="NAME=VALUE", help="Option of the provider, such as precision=bf16; repeatable.", show_default=False)] = None,
@@ -53,15 +56,15 @@ def check(
     term = Terminal(as_json, verbose)
     if tolerance is not None:
         reading.check_tolerance(tolerance)
-    chosen = chosen_engine({"provider": provider}, form)
+    chosen = chosen_engine({"provider": provider, "runtime": runtime}, form)
     settings = Settings(threads, engine_options(set_options or (), form))
     if chosen is None and (set_options or allow_fallback):
-        raise BadOption("--set and --allow-fallback are about a provider: name it with --provider.")
+        raise BadOption("--set and --allow-fallback are about a provider or runtime: name it with --provider or --runtime.")
     if small is None:
         if plan_file is not None:
             raise BadOption("--plan leads from A to B: give the pruned model too, spa check A B --plan PLAN.")
         if chosen is None:
-            raise BadOption("There is nothing to compare the model with: give the pruned model and --plan, or --provider.")
+            raise BadOption("There is nothing to compare the model with: give the pruned model and --plan, or --provider or --runtime.")
         return check_alone(term, original, chosen, settings, inputs or (), feeds, seed, tolerance, allow_fallback)
     if plan_file is None:
         raise BadOption("Which channels B has lost stands in its plan: give it with --plan (spa prune has written it beside B).")

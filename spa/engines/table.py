@@ -95,7 +95,7 @@ class Engine:
 
 
 ENGINES: dict[str, Engine] = {}
-_MODULES = ("cpu", "cuda", "openvino", "qnn", "webgpu", "arm64", "mnn", "ncnn", "node", "openvino_native", "tract")
+_MODULES = ("cpu", "cuda", "openvino", "qnn", "webgpu", "arm64", "litert", "mnn", "ncnn", "node", "openvino_native", "tract")
 
 
 def engine(entry: Engine) -> Engine:
