@@ -9,7 +9,7 @@ convolutions.
 | engine | block | why |
 |---|---|---|
 | cpu, node, ncnn, mnn, tract | 16, 8 without AVX-512 | a vector of float32 (cpu: measured here; the others pack channels likewise) |
-| openvino, openvino-native | 32 with AMX, else as cpu | tiles of bfloat16 are best at multiples of 32, float32 has a staircase of 16 (measured) |
+| openvino, openvino-native | 32 with AMX, else as cpu | tiles of bfloat16 want multiples of 32, float32 is a staircase of 16 (measured) |
 | litert, xnnpack | 32 | steps of 32 with AVX-512 (measured) |
 | qnn | 32 | Qualcomm: round channels up to a multiple of 32; activations are stored so (context binary: measured) |
 | cuda, tensorrt | 64 | NVIDIA: multiples of 8 for float16 and 4 for TF32 at the least, 64 for whole tiles (documents) |
