@@ -22,6 +22,10 @@ def budget(record: Mapping[str, Any]) -> RenderableType:
         if limit is not None or kind == "latency":
             asked, reached = ("", "") if limit is None else (amount(kind, limit), met(found, limit))
             rows.append((NAMES[kind], amount(kind, dense), asked, amount(kind, found), percent(found, dense), reached))
+    if "latency" in record:
+        timed = record["latency"]
+        rows.append((f"latency (measured, {timed['provider']})", amount("latency", timed["dense"]), "",
+                     amount("latency", timed["measured"]), percent(timed["measured"], timed["dense"]), ""))  # fmt: skip
     for metric, (dense, small) in record["quality"].items():
         worse = f"{abs(dense - small):.4g} {'lost' if record.get('max_drop') is None else 'of ' + format(record['max_drop'], 'g')}"
         rows.append((printable(metric), f"{dense:.4g}", "", f"{small:.4g}", "", worse))

@@ -16,14 +16,18 @@ from numpy.typing import NDArray
 
 from spa.allocate import WAYS, Allocation, Costs, Problem, allocate, check_possible
 from spa.analysis import Analysis, evidence_for
-from spa.budget import Target, amount, read_targets
+from spa.budget import EXACT, Target, amount, read_targets
 from spa.choose import NORMALIZATIONS, Space, lowest
 from spa.costs import CostModel
 from spa.cutting import cut
+from spa.engines import find
 from spa.errors import BadOption
 from spa.evidence import Evidence
+from spa.feeds import Feeds, one_sample
 from spa.groups import Groups
+from spa.latency import LatencyModel, latency_model, paired_seconds, with_latency
 from spa.metrics import METRICS, find_metric
+from spa.prove import runnable
 from spa.quality import Judge, automatic, first, judge, measured_losses, split
 from spa.repair import RepairOptions
 from spa.score import Scores, score
@@ -36,6 +40,8 @@ Array = NDArray[np.float64]
 TRIES = 8  # prunings that the search for --max-drop makes
 MEASURED = 128  # samples that losses of groups are measured on, and fitted on for that
 ESTIMATE = "obspa-greedy"  # its scores are errors that are left after repair
+CORRECTIONS = 5  # times that a latency table is corrected by what came out
+CLOSE = 0.05  # of a latency target: how far below counts as reached
 TIME_LIMIT = 300.0  # seconds for measuring losses
 
 
@@ -114,6 +120,9 @@ class Planner:
         self.targets = read_targets(budget.target)
         self._scored = score_losses(space, scores, normalize)
         self._estimated: Sequence[Array] | None = None
+        self.engine = find(budget.provider, "provider")
+        self._table: LatencyModel | None = None
+        self.timing: tuple[float, float] | None = None  # predicted and measured seconds of what was found
         self._judge: Judge | None = None
         self._losses: Sequence[Array] | None = None
         self.measured = 0
@@ -121,10 +130,10 @@ class Planner:
     def decide(self) -> Decision:
         """The removal. Raises BadOption for what is impossible."""
         if self.budget.max_drop is None:
-            found = self._allocated(self.targets)
+            found = self._met(self.targets)
             return self._decision(found, self._quality(found) if self.budget.judges else None)
         if self.targets:
-            found = self._allocated(self.targets)
+            found = self._met(self.targets)
             value = self._quality(found)
             if self._drop(value) <= self.budget.max_drop:
                 return self._decision(found, value)
@@ -136,13 +145,50 @@ class Planner:
 
     # ------------------------------------------------------------------ allocation
 
+    def _met(self, targets: Sequence[Target]) -> Allocation:
+        """An allocation that meets the targets; latency as measured on what comes out, not as predicted."""
+        if not any(t.kind == "latency" for t in targets):
+            return self._allocated(targets)
+        table = self._latency()
+        wanted = next(t for t in targets if t.kind == "latency")
+        limit = wanted.limit(table.dense)
+        fixed = [Target("latency", limit, False) if t is wanted else t for t in targets]  # what a share is of does not change with the table
+        best: tuple[Allocation, tuple[float, float]] | None = None
+        for _ in range(CORRECTIONS):
+            found = self._allocated(fixed)
+            model = cut(self.analysis, lowest(self.groups, self.scores, found.widths)).model
+            with self.stage("timing"):
+                dense, small = paired_seconds(self.engine, self.analysis.given, model, self._feeds(), threads=self.budget.threads)
+            taken = small * (table.dense / dense if wanted.relative else 1.0)  # of a share, only the ratio of the two counts
+            if taken <= limit * (1 + EXACT) and (best is None or taken > best[1][1]):
+                best = found, (found.costs["latency"], taken)
+            if limit * (1 - CLOSE) <= taken <= limit * (1 + EXACT) or not found.costs["latency"]:
+                break
+            self._table = self._latency().corrected(taken / found.costs["latency"])
+        if best is None:
+            raise BadOption(f"--target latency: {amount('latency', limit)} was not reached: the nearest took {amount('latency', taken)} on "
+                            f"{self.engine.name}. Ask for more, or let more shrink (--multiple-of 1).")  # fmt: skip
+        self.timing = best[1]
+        return best[0]
+
+    def _latency(self) -> LatencyModel:
+        if self._table is None:
+            self._table = latency_model(self.analysis, self.space, self.scores, self.engine, threads=self.budget.threads, seed=self.seed,
+                                        stage=self.stage)  # fmt: skip
+        return self._table
+
+    def _feeds(self) -> Feeds:
+        traced = self.groups.traced
+        return one_sample(traced, runnable(self.analysis.normal.model, traced, seed=self.seed))
+
     def _allocated(self, targets: Sequence[Target]) -> Allocation:
         way = self.budget.allocation
         if way == "auto":  # scores of weights say which channels of a group to remove, but weigh groups badly
             way = "solver" if self.fit is not None and self.fit.batches else "uniform"
         losses = self._scored if way in ("uniform", "global") else self.losses()
+        costs = with_latency(self.costs, self._latency()) if any(t.kind == "latency" for t in targets) else self.costs
         with self.stage("choosing widths"):
-            return decide(self.groups, self.space, self.costs, targets, way=way, losses=losses)
+            return decide(self.groups, self.space, costs, targets, way=way, losses=losses)
 
     def losses(self) -> Sequence[Array]:
         """Loss on each rung: measured where there are data and time, else estimated, else the sum of the scores that go."""
@@ -256,12 +302,20 @@ class Planner:
 
     def _decision(self, found: Allocation, value: float | None) -> Decision:
         quality = {} if value is None else {self.judge().metric.name: (self.judge().value, value)}
-        record = {
+        record: dict[str, Any] = {
             "target": list(self.budget.target), "max_drop": self.budget.max_drop, "allocation": found.way,
             "losses": self._source(found.way),
             "costs": {k: [found.dense[k], found.costs[k], found.limits.get(k)] for k in found.costs},
             "quality": {k: list(v) for k, v in quality.items()},
         }  # fmt: skip
+        if self.timing is not None:
+            table = self._latency()
+            record["costs"]["latency"][0] = table.dense  # as measured
+            record["latency"] = {
+                "provider": self.engine.name, "version": table.version, "threads": table.threads, "clock": table.clock,
+                "dense": table.dense, "predicted": self.timing[0], "measured": self.timing[1], "table_error": table.error,
+                "segments_measured": table.measured, "segments_known": table.known,
+            }  # fmt: skip
         if quality:
             record["evaluated"] = self.held.samples if self.held is not None else None
         return Decision(lowest(self.groups, self.scores, found.widths), found, quality, record)
