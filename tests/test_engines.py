@@ -219,6 +219,35 @@ def test_nodes_that_fall_back_are_listed_with_the_reason(monkeypatch):
     }  # fmt: skip
 
 
+def test_openvino_as_a_plugin_gets_one_device_and_float32(monkeypatch):
+    """What its plugin is told where it offers devices (those of Intel), which this machine need not have."""
+    told = []
+
+    class Options:
+        """Of a session; takes devices that are none."""
+
+        def add_session_config_entry(self, key, value):
+            told.append((key, value))
+
+        def get_session_config_entry(self, key):
+            return next((v for k, v in told if k == key), "")
+
+        def add_provider_for_devices(self, devices, options):
+            told.append((devices, options))
+
+    found = [SimpleNamespace(ep_metadata={"ov_device": name}) for name in ("GPU", "CPU", "NPU")]
+    Pretender(monkeypatch, lambda strict: session([ort.OPENVINO], {ort.OPENVINO: ["a"]}), provider="")
+    monkeypatch.setattr(onnxruntime, "SessionOptions", Options)
+    monkeypatch.setattr(ort, "devices", lambda provider: found)
+    config = '{"CPU": {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": "1"}}'
+    assert ort.Session(b"", ort.OPENVINO, 1).nodes == {ort.OPENVINO: 1}
+    assert ([found[1]], {"load_config": config}) in told
+    ort.Session(b"", ort.OPENVINO, 0, {"precision": "bf16", "device_type": "GPU"})
+    assert ([found[0]], {"load_config": '{"GPU": {"INFERENCE_PRECISION_HINT": "bf16"}}'}) in told
+    with pytest.raises(ValueError, match="no device TPU here, only GPU, CPU, NPU"):
+        ort.Session(b"", ort.OPENVINO, 0, {"device_type": "TPU"})
+
+
 def test_a_provider_that_takes_nothing_refuses_the_model(monkeypatch):
     def gives(strict):
         if strict:
@@ -285,14 +314,14 @@ def test_tolerances_go_by_element_type():
     for name, model in kinds.items():
         assert element_type(model) == name
     cpu, qnn = find("cpu"), ENGINES["qnn"]
-    allowed = [tolerance_of(cpu, n) for n in ("float32", "float16", "int8", "bfloat16")]
+    allowed = [tolerance_of(cpu, n) for n in ("float32", "float16", "bfloat16")]
     assert allowed == sorted(allowed)
     assert tolerance_of(cpu, "float32") == 1e-4
     assert tolerance_of(qnn, "float32") == tolerance_of(qnn, "float16")  # it computes in float16
     assert element_type(kinds["float32"], Settings(options={"precision": "bf16"})) == "bfloat16"
     assert element_type(quantised(), Settings(options={"precision": "bf16"})) == "int8"
     poor = Engine("poor", "runtime", cpu.load, str, str, {"float32": 0.5})
-    assert (tolerance_of(poor, "float32"), tolerance_of(poor, "int8")) == (0.5, 3e-2)
+    assert (tolerance_of(poor, "float32"), tolerance_of(poor, "int8")) == (0.5, 5e-2)
 
 
 def test_half_precision_is_compared_with_float32():
@@ -301,7 +330,7 @@ def test_half_precision_is_compared_with_float32():
     reference = expected(model, x)
     assert reference["y"].dtype == np.float32
     trial = try_on(find("cpu"), model, x, reference)
-    assert trial.check.tolerance == 1e-2
+    assert trial.check.tolerance == 2e-2
     assert trial.check.passed
 
 
@@ -532,7 +561,7 @@ def test_qnn_rounds_as_the_device_does_and_tells_the_size_of_its_binary():
         model, x = spa.load(convnet(width=width)), {"x": np.random.default_rng(0).standard_normal((1, 3, 8, 8)).astype(np.float32)}
         sizes[width] = context_bytes(model, x)
         trial = try_on(engine, model, x, expected(model, x))
-        assert 1e-5 < trial.check.worst < 1e-2  # float16, which it would not be without a SoC
+        assert 1e-5 < trial.check.worst < 2e-2  # float16, which it would not be without a SoC
         assert trial.figures == {"context_bytes": sizes[width]}
     assert 0 < sizes[32] < sizes[64] < sizes[128]
 

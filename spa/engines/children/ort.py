@@ -90,7 +90,10 @@ class Session:
                 source = to_ort(source, os.path.join(folder, "model.ort"))
                 self.figures["ort_bytes"] = os.path.getsize(source)
             self.devices = devices(provider)
-            self.options = _openvino(given, threads, self.devices is not None) if provider == OPENVINO else given
+            self.options = given
+            if provider == OPENVINO:
+                self.devices = _named(self.devices, given.get("device_type", "CPU"))
+                self.options = _openvino(given, threads, self.devices is not None)
             self._open(source, folder)
             context = [os.path.join(folder, f) for f in os.listdir(folder) if f.endswith(".bin")]
             if context:
@@ -168,6 +171,14 @@ class Session:
 
     def _wanted(self, feeds: Any) -> dict[str, Any]:
         return {n: v for n, v in feeds.items() if n in self.inputs}
+
+
+def _named(found: Any, device: str) -> Any:
+    """Those of a plugin's devices that OpenVINO knows by a name: CPU, GPU, NPU."""
+    names = [d.ep_metadata.get("ov_device", "CPU") for d in found or ()]
+    if found is not None and device not in names:
+        raise ValueError(f"OpenVINO has no device {device} here, only {', '.join(names)}")
+    return None if found is None else [d for d, name in zip(found, names, strict=True) if name == device]
 
 
 def _openvino(given: dict[str, str], threads: int, plugin: bool) -> dict[str, str]:
