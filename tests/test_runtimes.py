@@ -144,6 +144,18 @@ def test_ids_of_64_bits(engine):
     agrees(engine, given, {"ids": rng.integers(0, 11, (1, 7))})
 
 
+def test_gelu_is_exact(engine):
+    rng = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("Div", ["x", "root"], ["a"], "div"), helper.make_node("Erf", ["a"], ["b"], "erf"),
+        helper.make_node("Add", ["b", "one"], ["c"], "add"), helper.make_node("Mul", ["x", "c"], ["d"], "mul"),
+        helper.make_node("Mul", ["d", "half"], ["g"], "mul2"), helper.make_node("MatMul", ["g", "w"], ["y"], "m"),
+    ]
+    numbers = {n: np.float32(v) for n, v in (("root", 2**0.5), ("one", 1), ("half", 0.5))}
+    given = model(nodes, {"x": (np.float32, [1, 8, 16])}, {"y": (np.float32, [1, 8, 16])}, numbers | {"w": np.eye(16, dtype=np.float32)})
+    agrees(engine, given, {"x": floats(rng, 1, 8, 16)})
+
+
 def test_an_output_that_is_an_input(engine):
     rng = np.random.default_rng(0)
     nodes = [helper.make_node("Relu", ["x"], ["y"], "r"), helper.make_node("MatMul", ["y", "w"], ["z"], "m")]
@@ -200,6 +212,26 @@ def test_nodes_that_webgpu_leaves_to_webassembly_are_listed():
     assert opened.placement.fell_back == {}
     assert set(opened.placement.nodes) == {"WebGpuExecutionProvider"}
     opened.close()
+
+
+@pytest.mark.engines
+def test_fixed_sizes_leave_no_arithmetic_on_sizes_behind():
+    engine = ready("browser-webgpu")
+    nodes = [
+        helper.make_node("Shape", ["x"], ["s"], "shape"), helper.make_node("Gather", ["s", "first"], ["n"], "gather"),
+        helper.make_node("Mul", ["n", "two"], ["m"], "mul"), helper.make_node("Concat", ["m", "two"], ["t"], "concat", axis=0),
+        helper.make_node("Reshape", ["x", "t"], ["r"], "reshape"), helper.make_node("Relu", ["r"], ["y"], "relu"),
+    ]
+    given = model(nodes, {"x": (np.float32, ["n", 4])}, {"y": (np.float32, ["m", 2]), "t": (np.int64, [2])},
+                  {"first": np.array([0]), "two": np.array([2])})
+    placed = []
+    for options in ({}, {"sizes": "fixed"}):
+        opened = engine.load(given, Settings(options=options))
+        assert opened.run({"x": floats(np.random.default_rng(0), 2, 4)})["y"].shape == (4, 2)
+        placed.append(list(opened.placement.fell_back))
+        opened.close()
+    assert placed[0]
+    assert not placed[1]
 
 
 @pytest.mark.engines

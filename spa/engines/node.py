@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable
 
+from spa.engines.pinned import Converted
 from spa.engines.table import Engine, Opened, Settings, engine
 from spa.engines.worker import Remote, child, version_of, why_not
 from spa.store import Model
@@ -40,6 +41,8 @@ def _install(what: str, *packages: str) -> str:
 
 def _entry(name: str, label: str, install: str, command: Callable[[], tuple[str, ...]], *, timed: str = "", block: int = 4) -> Engine:
     def load(model: Model, settings: Settings) -> Opened:
+        if settings.options.get("sizes") == "fixed":  # as freeDimensionOverrides does it: arithmetic on sizes is folded
+            return Converted(model, settings, lambda m, s: Remote(command(), m, s), label=label)
         return Remote(command(), model, settings, name=label)
 
     return engine(Engine(name, "runtime", load, lambda: why_not(command(), install), lambda: version_of(command()), timed=timed,

@@ -15,16 +15,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 from onnx import helper
 
 from spa.engines.table import Opened, Placement, Settings
 from spa.engines.worker import Remote
-from spa.errors import UnsupportedModel
+from spa.errors import SpaError, UnsupportedModel
 from spa.feeds import Feeds
 from spa.rewrite import copy_graph
-from spa.store import Model, to_proto, with_graph
+from spa.shapes import infer
+from spa.store import Model, with_graph
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -229,18 +229,14 @@ def _flatten(graph: gs.Graph, shapes: Shapes) -> None:
 
 
 def _output_shapes(model: Model) -> dict[str, tuple[int, ...]]:
-    """Shapes of the outputs, where onnx can tell them."""
-    proto = to_proto(model, data=False)
+    """Shapes of the outputs, where they can be told."""
     try:
-        inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
-    except Exception:  # whatever it trips over: shapes are a help, not a need
+        facts = infer(model.graph)
+    except SpaError:  # shapes are a help, not a need
         return {}
-    shapes = {}
-    for output in inferred.graph.output:
-        kind = output.type.tensor_type
-        if kind.HasField("shape") and all(d.HasField("dim_value") for d in kind.shape.dim):
-            shapes[output.name] = tuple(d.dim_value for d in kind.shape.dim)
-    return shapes
+    found = {t.name: facts.shapes.get(t.name) for t in model.graph.outputs}
+    free = {n for n, axes in facts.dynamic.items() if any(axes)}
+    return {n: tuple(map(int, s)) for n, s in found.items() if s is not None and n not in free}
 
 
 def _numpy_type(tensor: gs.Tensor) -> np.dtype[Any]:
