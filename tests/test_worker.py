@@ -182,3 +182,14 @@ def test_text_cannot_go_there(command):
     with pytest.raises(UnsupportedModel, match="Input 'x' holds text"):
         remote.run({"x": np.array(["a"], object)})
     remote.close()
+
+
+def test_a_relative_path_means_this_folder(command, tmp_path, monkeypatch):
+    """The child's own folder is another one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setenv("SPA_FAKE_PYTHON", "./python")
+    assert version_of(python_child(str(tmp_path / "adapter.py"), variable="SPA_FAKE_PYTHON")()) == "fake 1.2"
+    monkeypatch.setenv("SPA_FAKE_PYTHON", "python3-of-nowhere")
+    assert python_child("x.py", variable="SPA_FAKE_PYTHON")()[0] == "python3-of-nowhere"

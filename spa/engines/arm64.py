@@ -21,7 +21,7 @@ _INSTALL = ("arm64 is emulated by qemu, which is not ready: apt install qemu-use
 
 def root() -> Path:
     """The folder with a Python for arm64."""
-    return Path(os.environ.get("SPA_ARM64_ROOT") or Path.home() / ".cache" / "spa" / "arm64")
+    return Path(os.environ.get("SPA_ARM64_ROOT") or Path.home() / ".cache" / "spa" / "arm64").absolute()
 
 
 def command() -> tuple[str, ...]:

@@ -64,7 +64,12 @@ def child(name: str) -> Path:
 
 def python_child(adapter: str, *, variable: str) -> Callable[[], tuple[str, ...]]:
     """What starts an adapter: the Python that an environment variable names, or this one."""
-    return lambda: (os.environ.get(variable) or sys.executable, os.fspath(child("serve.py")), os.fspath(child(adapter)))
+    return lambda: (_program(os.environ.get(variable) or sys.executable), os.fspath(child("serve.py")), os.fspath(child(adapter)))
+
+
+def _program(name: str) -> str:
+    """A program as children can start it, whose folder is another one: paths from here become whole, names on the path stay."""
+    return os.path.abspath(name) if os.path.dirname(name) else name
 
 
 class Worker:
