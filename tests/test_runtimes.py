@@ -116,6 +116,17 @@ def test_layouts_that_sizes_do_not_tell_apart(engine):
     agrees(engine, convnet(batch=1, size=(n, n), channels=n), {"x": floats(np.random.default_rng(1), 1, 3, n, n)})
 
 
+def test_grouped_convolutions_with_two_outputs(engine):
+    rng = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("Conv", ["x", "w1"], ["a"], "c1", group=2, pads=[1, 1, 1, 1]), helper.make_node("Relu", ["a"], ["late"], "r"),
+        helper.make_node("Conv", ["late", "w2"], ["b"], "c2", group=2), helper.make_node("Tanh", ["b"], ["early"], "t"),
+    ]
+    given = model(nodes, {"x": (np.float32, [1, 4, 6, 7])}, {"early": (np.float32, [1, 6, 6, 7]), "late": (np.float32, [1, 6, 6, 7])},
+                  {"w1": floats(rng, 6, 2, 3, 3), "w2": floats(rng, 6, 3, 1, 1)})
+    agrees(engine, given, {"x": floats(rng, 1, 4, 6, 7)})
+
+
 @pytest.mark.engines
 def test_a_wrong_conversion_is_seen():
     opened = ready("litert").load(convnet(batch=1, size=(3, 3)), Settings())

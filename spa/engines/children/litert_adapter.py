@@ -41,6 +41,16 @@ def convert(path: str) -> str:
     return made[0]
 
 
+def ends(interpreter: Any, outputs: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Details of inputs and outputs by plain name. Without a signature (some grouped convolutions) outputs are Identity, Identity_1, …"""
+    if interpreter.get_signature_list():
+        signature = interpreter.get_signature_runner()
+        return signature.get_input_details(), signature.get_output_details()
+    order = {"Identity" if k == 0 else f"Identity_{k}": name for k, name in enumerate(outputs)}
+    return ({d["name"]: d for d in interpreter.get_input_details()},
+            {order.get(d["name"], d["name"]): d for d in interpreter.get_output_details()})  # fmt: skip
+
+
 class Opened:
     """A converted model. LiteRT does not say which operators XNNPACK took."""
 
@@ -50,8 +60,7 @@ class Opened:
         interface = json.loads(options["interface"])
         self.interpreter = Interpreter(convert(path), num_threads=threads or None)
         self.interpreter.allocate_tensors()
-        signature = self.interpreter.get_signature_runner()
-        self.inputs, self.outputs = signature.get_input_details(), signature.get_output_details()
+        self.inputs, self.outputs = ends(self.interpreter, [name for name, _, _ in interface["outputs"]])
         names = {name for name, _, _ in (*interface["inputs"], *interface["outputs"])}
         if names != {*self.inputs, *self.outputs}:
             raise RuntimeError(f"onnx2tf made a model of other inputs and outputs: {', '.join([*self.inputs, *self.outputs])}")
