@@ -30,6 +30,7 @@ from spa.engines.webgpu import drivers
 from spa.errors import BadOption, UnsupportedModel
 from spa.trial import Trial, element_type, expected, tolerance_of, try_on
 from spa.trial_report import trial_data, trial_shown
+from tools import provider_report
 
 PROVIDERS = ("cpu", "cuda", "tensorrt", "openvino", "qnn", "webgpu", "arm64")
 
@@ -470,6 +471,19 @@ def test_trials_without_outputs_or_numbers():
     trial = Trial("x", "x 1", Placement({}), "float32", checking.Check((), 1e-4))
     assert trial_data(trial)["proof"]["outputs"] == {}
     assert trial_shown(trial, "y") is not None
+
+
+def test_the_report_on_providers(made, monkeypatch, capsys, fake):  # noqa: F811
+    fake(fell_back={"conv1": "too large"})
+    arguments = ["provider_report", str(made / "m.onnx"), "--engine", "cpu", "cpu:format=ort", "cpu:x=1", "fake", "gpu"]
+    monkeypatch.setattr("sys.argv", arguments)
+    provider_report.main()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    for row, part in zip(rows, ("9 CPU", "ort_bytes", "no option 'x'", "conv1: too large", "no engine 'gpu'"), strict=True):
+        assert part in row
+    monkeypatch.setattr("sys.argv", [*arguments[:4], "--as-is"])
+    provider_report.main()
+    assert "9 CPU" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------- the real ones
