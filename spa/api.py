@@ -26,7 +26,7 @@ from spa.planner import Budget, Planner, with_data
 from spa.prove import check_shapes, failure, prove, runnable
 from spa.refine import refined
 from spa.repair import Repaired, RepairOptions
-from spa.score import score
+from spa.score import Known, score
 from spa.solve import DAMPING
 from spa.stages import Stage, collector_paused, quiet
 from spa.store import Model, save, to_proto
@@ -94,6 +94,7 @@ def plan(
     loss: str = "auto",
     damping: float = DAMPING,
     target: str | Sequence[str] | Budget = (),
+    known: Known | None = None,
     stage: Stage = quiet,
 ) -> Plan:
     """Decides what goes.
@@ -105,7 +106,8 @@ def plan(
     `Evidence` or what `spa.calibration` takes. aggregate, normalize: how scores of a group's layers are put together, and made comparable
     between groups. swaps: rounds of exchanging removed for kept channels while the error after repair falls. loss: for gradients.
     damping: ridge of the errors that are estimated, over the mean variance of a layer's inputs. target: in place of a ratio, what the
-    result may cost ("macs=0.5", "size=8MB", …) or a `Budget` with all that goes with it.
+    result may cost ("macs=0.5", "size=8MB", …) or a `Budget` with all that goes with it. known: scores and losses of an earlier plan of
+    the same model, criterion and data, which are not worked out again.
     Raises SpaError; NothingToPrune if nothing would go.
     """
     budget = budget_of(target)
@@ -128,12 +130,13 @@ def plan(
     data = None if evidence is None else Data(evidence.model, evidence.batches, loss, evidence.labels, damping)
     relative = normalize == "energy"
     with stage("scoring"):
-        scores = score(analysis.normal.model.graph, groups, criterion, seed=seed, data=data, aggregate=aggregate, relative=relative)
+        scores = known.scores if known is not None else score(
+            analysis.normal.model.graph, groups, criterion, seed=seed, data=data, aggregate=aggregate, relative=relative)  # fmt: skip
     block = find_engine(budget.provider).block()
     record: Mapping[str, Any] = {}
     if budget.asks:
         space = find_space(groups, options, block=block)
-        made = Planner(analysis, space, scores, budget, evidence, normalize=normalize, seed=seed, stage=stage).decide()
+        made = Planner(analysis, space, scores, budget, evidence, normalize=normalize, seed=seed, known=known, stage=stage).decide()
         gone, found, record = made.gone, space.notes, made.record
     else:
         with stage("choosing"):

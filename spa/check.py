@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from spa.errors import CheckFailed, UnsupportedModel
 from spa.feeds import Feeds
+from spa.share import own_threads
 from spa.store import Model, save, to_bytes
 
 IN_MEMORY = 64 << 20  # bytes; a larger model goes to the runtime through files, whose weights it maps instead of copying
@@ -65,7 +66,7 @@ def session(
     if optimized is not None:
         options.optimized_model_filepath = os.fspath(optimized)
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{optimized.name}.data")
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads or own_threads()
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:

@@ -30,7 +30,7 @@ from spa.metrics import METRICS, find_metric
 from spa.prove import runnable
 from spa.quality import Judge, automatic, first, judge, measured_losses, split
 from spa.repair import RepairOptions
-from spa.score import Scores, score
+from spa.score import Known, Scores, score
 from spa.stages import Stage, quiet
 from spa.store import Model
 from spa.views import Data
@@ -109,9 +109,12 @@ class Planner:
 
     def __init__(
         self, analysis: Analysis, space: Space, scores: Scores, budget: Budget, evidence: Evidence | None, *, normalize: str = "mean",
-        seed: int = 0, stage: Stage = quiet,
+        seed: int = 0, known: Known | None = None, stage: Stage = quiet,
     ) -> None:  # fmt: skip
-        """`evidence` is what repairs are fitted on; `budget.evaluate` what is judged on, read already (see `with_data`)."""
+        """`evidence` is what repairs are fitted on; `budget.evaluate` what is judged on, read already (see `with_data`).
+
+        `known`: what another planner of the same model, scores and data found out.
+        """
         self.analysis, self.space, self.scores, self.budget = analysis, space, scores, budget
         self.seed, self.stage = seed, stage
         self.groups = analysis.groups
@@ -124,8 +127,8 @@ class Planner:
         self._table: LatencyModel | None = None
         self.timing: tuple[float, float] | None = None  # predicted and measured seconds of what was found
         self._judge: Judge | None = None
-        self._losses: Sequence[Array] | None = None
-        self.measured = 0
+        self._losses = None if known is None else known.losses
+        self.measured = 0 if known is None else known.measured
 
     def decide(self) -> Decision:
         """The removal. Raises BadOption for what is impossible."""

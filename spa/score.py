@@ -14,6 +14,8 @@ from spa.errors import BadModel, BadOption
 from spa.groups import Group, Groups
 from spa.views import Data, GroupViews
 
+Array = NDArray[np.float64]
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -22,6 +24,18 @@ class Scores:
     criterion: str
     values: NDArray[np.float64]
     instead: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Known:
+    """What plans of a model by one criterion on the same data have in common, for all but the first of them.
+
+    losses: on each rung of each group, None where no plan asked for them yet. measured: at how many widths they were measured.
+    """
+
+    scores: Scores
+    losses: Sequence[Array] | None = None
+    measured: int = 0
 
 
 def score(

@@ -1,0 +1,32 @@
+"""A process's share of the machine: how many threads each of its sessions may have where nobody says.
+
+Workers that run side by side set it, so that workers times threads are no more than there are cores. ONNX Runtime takes neither the
+process's affinity nor OMP_NUM_THREADS for an answer.
+"""
+
+from __future__ import annotations
+
+import os
+
+_share = 0
+
+
+def keep_to(threads: int) -> None:
+    """From now on sessions of this process have so many threads by default; 0: as many as the runtime likes."""
+    global _share
+    _share = threads
+
+
+def own_threads() -> int:
+    """Threads of a session that nobody gave a number; 0 leaves it to the runtime."""
+    return _share
+
+
+def cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads_each(jobs: int) -> int:
+    """Threads for each of so many processes, at least one."""
+    return max(cores() // max(jobs, 1), 1)
