@@ -17,6 +17,7 @@ from spa.groups import Group, Groups, find_groups
 from spa.masking import masked
 from spa.normalize import normalize
 from spa.plan import Plan, load_plan, make_plan
+from spa.planner import Budget
 from spa.repair import Repaired, RepairOptions
 from spa.reporting import write_report
 from spa.rewrite import rewrite
@@ -37,6 +38,7 @@ __all__ = [
     "BadModel",
     "BadOption",
     "BadPlan",
+    "Budget",
     "Check",
     "CheckFailed",
     "Counts",

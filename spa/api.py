@@ -19,6 +19,7 @@ from spa.count import Counts, count
 from spa.cutting import cut
 from spa.engines import find as find_engine
 from spa.errors import BadOption, CheckFailed, NothingToPrune
+from spa.evidence import Evidence
 from spa.feeds import Feeds
 from spa.groups import Groups
 from spa.plan import Plan, load_plan, make_plan, mask_of
@@ -29,6 +30,7 @@ from spa.repair import Repaired, RepairOptions
 from spa.score import Known, score
 from spa.solve import DAMPING
 from spa.stages import Stage, collector_paused, quiet
+from spa.steps import Stages, prune_in_steps
 from spa.store import Model, save, to_proto
 from spa.views import Data
 
@@ -257,43 +259,48 @@ def prune(
     swaps: int = 0,
     loss: str = "auto",
     target: str | Sequence[str] | Budget = (),
+    steps: int = 1,
     stage: Stage = quiet,
 ) -> Result:
-    """Plans and applies; see `plan` and `apply` for the options.
+    """Plans and applies; see `plan` and `apply` for the options. steps: of the way there, channels scored anew after each.
 
     >>> result = spa.prune("model.onnx", target="macs=0.5")
     >>> result.save("small.onnx", plan="small.plan.json")
     """
     analysis = analyze(model, inputs=inputs, protect_outputs=protect_outputs, stat=stat, stage=stage)
     evidence = evidence_for(analysis, calibration, seed=seed, stage=stage)
-    budget = budget_of(target)
-    budget, evidence = with_data(analysis, replace(budget, repair=repair), evidence, seed=seed, stage=stage)
-    decided = plan(
-        analysis,
-        ratio,
-        criterion=criterion,
-        scope=scope,
-        multiple_of=multiple_of,
-        keep_at_least=keep_at_least,
-        include=include,
-        exclude=exclude,
-        ratios=ratios,
-        seed=seed,
-        calibration=evidence,
-        aggregate=aggregate,
-        normalize=normalize,
-        swaps=swaps,
-        loss=loss,
-        damping=repair.damping if isinstance(repair, RepairOptions) else DAMPING,
-        target=budget,
-        stage=stage,
-    )
-    return apply(
-        analysis, decided, check=check, seed=seed, feeds=feeds, tolerance=tolerance, repair=repair, calibration=evidence, stage=stage
-    )
+    wishes = {
+        "criterion": criterion, "scope": scope, "multiple_of": multiple_of, "keep_at_least": keep_at_least, "include": include,
+        "exclude": exclude, "ratios": ratios, "aggregate": aggregate, "normalize": normalize, "swaps": swaps, "loss": loss,
+        "damping": repair.damping if isinstance(repair, RepairOptions) else DAMPING,
+    }  # fmt: skip
+    return carried_out(analysis, wishes, ratio=ratio, budget=replace(budget_of(target), repair=repair), evidence=evidence, steps=steps,
+                       check=check, seed=seed, feeds=feeds, tolerance=tolerance, stage=stage)  # fmt: skip
+
+
+def carried_out(
+    analysis: Analysis, wishes: Mapping[str, Any], *, ratio: float | None, budget: Budget, evidence: Evidence | None, steps: int = 1,
+    check: bool = True, seed: int = 0, feeds: Feeds | None = None, tolerance: float = checking.TOLERANCE, stage: Stage = quiet,
+) -> Result:  # fmt: skip
+    """Plans and applies on what was read already. wishes: options of `plan` that stay the same in all steps."""
+    if steps < 1:
+        raise BadOption(f"--steps is {steps}, but must be 1 or more.")
+    budget, evidence = with_data(analysis, budget, evidence, seed=seed, stage=stage)
+
+    def decide(current: Analysis, data: Evidence | None, limits: Budget, share: float | None) -> Plan:
+        return plan(current, share, calibration=data, target=limits, seed=seed, stage=stage, **wishes)
+
+    def carry_out(current: Analysis, decided: Plan, data: Evidence | None) -> Result:
+        return apply(current, decided, check=check, seed=seed, feeds=feeds, tolerance=tolerance, repair=budget.repair, calibration=data,
+                     stage=stage)  # fmt: skip
+
+    if steps == 1:
+        return carry_out(analysis, decide(analysis, evidence, budget, ratio), evidence)
+    check_limits(budget, ratio, wishes["scope"])
+    return prune_in_steps(analysis, Stages(decide, carry_out), steps, ratio=ratio, budget=budget, evidence=evidence)
 
 
 __all__ = [
-    "Analysis", "Budget", "Result", "analyze", "analyzed_for", "apply", "budget_of", "check_limits", "evidence_for", "opened", "plan",
-    "prove", "prune", "runnable", "with_data",
+    "Analysis", "Budget", "Result", "analyze", "analyzed_for", "apply", "budget_of", "carried_out", "check_limits", "evidence_for",
+    "opened", "plan", "prove", "prune", "runnable", "with_data",
 ]  # fmt: skip

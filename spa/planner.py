@@ -155,7 +155,7 @@ class Planner:
         table = self._latency()
         wanted = next(t for t in targets if t.kind == "latency")
         limit = wanted.limit(table.dense)
-        fixed = [Target("latency", limit, False) if t is wanted else t for t in targets]  # what a share is of does not change with the table
+        fixed = [Target("latency", limit, False) if t is wanted else t for t in targets]  # a share is of what was measured
         best: tuple[Allocation, tuple[float, float]] | None = None
         for _ in range(CORRECTIONS):
             found = self._allocated(fixed)
@@ -236,16 +236,8 @@ class Planner:
     def judge(self) -> Judge:
         """What evaluates pruned models by the metric that was asked for. Raises BadOption where there are no data for it."""
         if self._judge is None:
-            labels = None if self.held is None else self.held.labels
-            metric = find_metric(self.budget.metric) if self.budget.metric else automatic(None, labels)
-            if self.held is None and metric.whole is None:
-                raise BadOption(f"--max-drop and --metric {metric.name} compare outputs on data: give some with --calibration or "
-                                "--evaluate.")  # fmt: skip
-            if self.held is not None and self.held.noise and metric.whole is None:
-                raise BadOption(f"--metric {metric.name} says nothing on made-up data ({self.held.name}): give real ones with --evaluate.")
-            held = self.held or Evidence("nothing", (), self.analysis.normal.model, False)
             with self.stage("evaluating"):
-                self._judge = judge(self.analysis.normal.model, metric, held, output=self.budget.output)
+                self._judge = _judge(self.analysis, self.budget, self.held)
         return self._judge
 
     def _quality(self, found: Allocation) -> float:
@@ -334,6 +326,26 @@ def with_data(
         return replace(budget, evaluate=evidence if budget.judges else None), evidence
     fit, held = split(evidence)
     return replace(budget, evaluate=held), fit
+
+
+def quality_of(analysis: Analysis, budget: Budget, model: Model) -> dict[str, Any]:
+    """What a plan records of a pruned model's quality; empty where nothing is asked."""
+    if not budget.judges:
+        return {}
+    held = budget.evaluate
+    judged = _judge(analysis, budget, held)
+    return {"quality": {judged.metric.name: [judged.value, judged(model)]}, "evaluated": None if held is None else held.samples}
+
+
+def _judge(analysis: Analysis, budget: Budget, held: Evidence | None) -> Judge:
+    """What evaluates pruned models by the metric that was asked for. Raises BadOption where there are no data for it."""
+    metric = find_metric(budget.metric) if budget.metric else automatic(None, None if held is None else held.labels)
+    if metric.whole is None:
+        if held is None:
+            raise BadOption(f"--max-drop and --metric {metric.name} compare outputs on data: give some with --calibration or --evaluate.")
+        if held.noise:
+            raise BadOption(f"--metric {metric.name} says nothing on made-up data ({held.name}): give real ones with --evaluate.")
+    return judge(analysis.normal.model, metric, held or Evidence("nothing", (), analysis.normal.model, False), output=budget.output)
 
 
 def score_losses(space: Space, scores: Scores, normalize: str) -> list[Array]:

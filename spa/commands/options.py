@@ -31,6 +31,7 @@ OutputName = Annotated[str | None, typer.Option(
     "--output-name", metavar="NAME", help="Output that the metric looks at; by default the first.", show_default=False)]
 Provider = Annotated[str, typer.Option("--provider", metavar="NAME", help="Execution provider to round for and to time on.")]
 TimeLimit = Annotated[float, typer.Option("--time-limit", min=0, metavar="SECONDS", help="For measuring losses; 0: go by scores.")]
+Steps = Annotated[int, typer.Option("--steps", min=1, help="Steps of the way, channels scored anew after each.")]
 Scope = Annotated[str | None, typer.Option(
     "--scope", metavar="SCOPE", help="Of a ratio. local (default): same share each; global: one threshold; isomorphic: per shape.",
     show_default=False)]

@@ -51,12 +51,12 @@ def plan(
     reading.check_outputs({"--output": output}, [model, ratios, *reads])
     mending = reading.repair_options(repair, calibration, damping, "pruned", "dense", False, None)
     wishes = _wishes(ratio, scope, criterion, multiple_of, keep_at_least, include, exclude, ratios, normalize, aggregate, swaps, loss,
-                     damping, seed)
+                     damping)
     budget = _budget(ratio, scope, target, allocation, max_drop, metric, output_name, provider, threads, time_limit, mending)
     analysis = analysis_of(term, model, inputs, protect_outputs, not no_stat, outputs={"--output": output})
     evidence = evidence_of(term, analysis, calibration, preprocess, tokenizer, samples, batch, length, labels, seed)
     budget = _judged_on(term, analysis, budget, evaluate, preprocess, tokenizer, samples, batch, length, labels, seed)
-    decided = api.plan(analysis, calibration=evidence, target=budget, stage=term.stage, **wishes)
+    decided = api.plan(analysis, ratio, calibration=evidence, target=budget, seed=seed, stage=term.stage, **wishes)
     decided.save(output)
     groups = analysis.groups
     before, after = count(groups), count(groups, mask_of(decided, groups))
@@ -114,10 +114,9 @@ def prune(
     loss: given.Loss = "auto", repair: given.Repair = None, damping: given.Damping = DAMPING,
     repair_inputs: given.RepairInputs = "pruned", repair_target: given.RepairTarget = "dense", no_norms: given.NoNorms = False,
     repaired_out: given.RepairedOut = None, report_file: given.Report = None,
-    target: given.Target = None, allocation: given.Allocation = "auto",
-    max_drop: given.MaxDrop = None, metric: given.Metric = None, evaluate: given.Evaluate = None, output_name: given.OutputName = None,
-    provider: given.Provider = "cpu", time_limit: given.TimeLimit = TIME_LIMIT, as_json: given.Json = False,
-    verbose: given.Verbose = False,
+    target: given.Target = None, allocation: given.Allocation = "auto", max_drop: given.MaxDrop = None, metric: given.Metric = None,
+    evaluate: given.Evaluate = None, output_name: given.OutputName = None, provider: given.Provider = "cpu",
+    time_limit: given.TimeLimit = TIME_LIMIT, steps: given.Steps = 1, as_json: given.Json = False, verbose: given.Verbose = False,
 ) -> int:
     """Plan, remove, repair, prove, time, and write the pruned model and its plan."""
     term = Terminal(as_json, verbose)
@@ -126,19 +125,19 @@ def prune(
     reading.check_outputs(written, [model, ratios, feeds, *reading.data_files(written, calibration, preprocess, tokenizer, evaluate)])
     reading.check_tolerance(tolerance)
     wishes = _wishes(ratio, scope, criterion, multiple_of, keep_at_least, include, exclude, ratios, normalize, aggregate, swaps, loss,
-                     damping, seed)
+                     damping)
     budget = _budget(ratio, scope, target, allocation, max_drop, metric, output_name, provider, threads, time_limit, mending)
+    if repaired_out is not None and steps > 1:
+        raise BadOption("--repaired-out goes with one step: after more there is no model of the first one's shape that was repaired alone.")
     opened = opened_model(term, model, written)
     fed = reading.read_feeds(feeds, opened)
     shapes = {**reading.shapes_of(fed), **reading.read_shapes(inputs or (), opened)}
     analysis = api.analyze(opened, inputs=shapes, protect_outputs=protect_outputs, stat=not no_stat, stage=term.stage)
     evidence = evidence_of(term, analysis, calibration, preprocess, tokenizer, samples, batch, length, labels, seed)
     budget = _judged_on(term, analysis, budget, evaluate, preprocess, tokenizer, samples, batch, length, labels, seed)
-    budget, evidence = api.with_data(analysis, budget, evidence, seed=seed, stage=term.stage)
-    decided = api.plan(analysis, calibration=evidence, target=budget, stage=term.stage, **wishes)
-    result = api.apply(analysis, decided, check=not no_check, seed=seed, feeds=fed, tolerance=tolerance, repair=mending,
-                       calibration=evidence, stage=term.stage)
-    timing = None if no_bench else _timing(term, result, fed, seed, threads)
+    result = api.carried_out(analysis, wishes, ratio=ratio, budget=budget, evidence=evidence, steps=steps, check=not no_check, seed=seed,
+                             feeds=fed, tolerance=tolerance, stage=term.stage)
+    timing = None if no_bench else _timing(term, result, fed, seed, threads, provider)
     with term.stage("writing"):
         result.save(output, plan=written["--plan-out"])
         _save_repaired(result, repaired_out)
@@ -152,7 +151,7 @@ def prune(
 
 def _wishes(
     ratio: float | None, scope: str | None, criterion: str, multiple_of: str, keep_at_least: int, include: list[str] | None,
-    exclude: list[str] | None, ratios: Path | None, normalize: str, aggregate: str | None, swaps: int, loss: str, damping: float, seed: int,
+    exclude: list[str] | None, ratios: Path | None, normalize: str, aggregate: str | None, swaps: int, loss: str, damping: float,
 ) -> dict[str, Any]:
     """What `api.plan` is told, checked before anything is read."""
     criteria.get(criterion)
@@ -160,9 +159,9 @@ def _wishes(
     options = Options(0.5 if ratio is None else ratio, scope or "local", width, keep_at_least, tuple(include or ()), tuple(exclude or ()),
                       own, normalize)
     return {
-        "ratio": ratio, "scope": scope, "criterion": criterion, "multiple_of": width, "keep_at_least": keep_at_least,
+        "scope": scope, "criterion": criterion, "multiple_of": width, "keep_at_least": keep_at_least,
         "include": options.include, "exclude": options.exclude, "ratios": own, "normalize": normalize, "aggregate": aggregate,
-        "swaps": swaps, "loss": loss, "damping": damping, "seed": seed,
+        "swaps": swaps, "loss": loss, "damping": damping,
     }  # fmt: skip
 
 
@@ -204,14 +203,14 @@ def _save_repaired(result: api.Result, path: Path | None) -> None:
         result.save_repaired(path, plan=reading.plan_name(path))
 
 
-def _timing(term: Terminal, result: api.Result, feeds: Feeds | None, seed: int, threads: int) -> Race | None:
+def _timing(term: Terminal, result: api.Result, feeds: Feeds | None, seed: int, threads: int, provider: str) -> Race | None:
     """Latency before and after; None, with a word on stderr, where the original does not run."""
     analysis = result.analysis
     try:
         with term.stage("timing"):
             traced = analysis.groups.traced
             drawn = one_sample(traced, api.runnable(analysis.normal.model, traced, seed=seed)) if feeds is None else feeds
-            return race({"before": analysis.given, "after": result.model}, drawn, threads=threads)
+            return race({"before": analysis.given, "after": result.model}, drawn, threads=threads, engine=provider)
     except Exception as error:  # onnxruntime raises classes of its own; the pruning is done and proven without the times
         term.log(f"spa: latency was not measured: {report.printable(str(error).splitlines()[0])}", always=True)
         return None
@@ -228,8 +227,9 @@ def _notes(decided: spa.Plan) -> list[Any]:
 def _tables(result: api.Result, sizes: tuple[int, int], timing: Race | None) -> list[Any]:
     groups = result.analysis.groups
     return [
-        report.comparison(result.before, result.after, sizes=sizes, race=timing), *_met(result.plan), report.pruned(result.plan, groups.by_name),
-        report.frozen(frozen_causes(groups), result.before), *_notes(result.plan), *_repair(result), report.proof(result.check),
+        report.comparison(result.before, result.after, sizes=sizes, race=timing), *_met(result.plan),
+        report.pruned(result.plan, groups.by_name), report.frozen(frozen_causes(groups), result.before), *_notes(result.plan),
+        *_repair(result), report.proof(result.check),
     ]
 
 

@@ -1,0 +1,141 @@
+"""Pruning in steps: a part of the way, repaired, scored anew on what is left, and so on; each step proven against the one before.
+
+Scores are made for the network as it is; after half of the channels went they say little of the other half. Each step removes the same
+share of what is left, so that limits fall geometrically.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from spa.analysis import Analysis, analyze
+from spa.budget import Target, read_targets
+from spa.count import count
+from spa.engines import find
+from spa.errors import BadOption, NothingToPrune, SpaError
+from spa.evidence import Evidence, adapted
+from spa.feeds import one_sample
+from spa.latency import paired_seconds
+from spa.plan import make_plan, mask_of
+from spa.planner import Budget, quality_of, static_costs
+from spa.prove import runnable
+
+if TYPE_CHECKING:
+    from spa.api import Result
+    from spa.plan import Plan
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The two halves of a step, told what differs from step to step: how to decide, and how to carry out."""
+
+    decide: Callable[[Analysis, Evidence | None, Budget, float | None], Plan]
+    carry_out: Callable[[Analysis, Plan, Evidence | None], Result]
+
+
+def prune_in_steps(
+    analysis: Analysis, stages: Stages, steps: int, *, ratio: float | None, budget: Budget, evidence: Evidence | None
+) -> Result:
+    """The result of so many steps, with one plan that leads from the model as it was to what is left.
+
+    Raises BadOption for --max-drop, which is searched over whole prunings; NothingToPrune if not even one step removes anything.
+    """
+    if budget.max_drop is not None:
+        raise BadOption("--steps goes with --ratio or --target: --max-drop is searched in one step.")
+    shares = _shares(analysis, budget)
+    share = 1 - (1 - (0.5 if ratio is None else ratio)) ** (1 / steps)
+    kept = {g.name: np.arange(g.size) for g in analysis.groups.groups}
+    current, done, options = analysis, [], {}
+    result: Result | None = None
+    for number in range(1, steps + 1):
+        asked = replace(budget, metric=None, evaluate=_on(budget.evaluate, current), target=_limits(budget, shares, number, steps))
+        data = _on(evidence, current)
+        try:
+            plan = stages.decide(current, data, asked, None if budget.asks else share)
+        except NothingToPrune:
+            if number == steps and result is None:
+                raise
+            continue
+        except BadOption:
+            if number == steps:
+                raise
+            continue  # a limit that the model is within already, or that no rounding comes near: later steps go further
+        result = stages.carry_out(current, plan, data)
+        for name, entry in plan.groups.items():
+            if name not in kept or len(kept[name]) != entry["size"]:
+                raise SpaError(f"--steps: group {name} is not the same after the first cut: prune in one step.")
+            kept[name] = kept[name][entry["kept"]]
+        options = dict(plan.options)
+        done.append({"macs": result.after.macs, "parameters": result.after.parameters})
+        current = analyze(result.model, **{**analysis.settings, "inputs": analysis.settings.get("inputs") or None})
+    assert result is not None
+    gone = np.ones(analysis.groups.total, bool)
+    for group in analysis.groups.groups:
+        gone[group.start + kept[group.name]] = False
+    options |= {"ratio": ratio if not budget.asks else None, "steps": done}
+    if "budget" in options:
+        options["budget"] = _record(analysis, budget, options["budget"], result)
+    plan = make_plan(analysis.given, analysis.groups, gone, copies=analysis.normal.copies, options=options, trace=analysis.settings,
+                     notes=result.plan.notes)  # fmt: skip
+    before, after = count(analysis.groups), count(analysis.groups, mask_of(plan, analysis.groups))
+    return replace(result, plan=plan, analysis=analysis, before=before, after=after, repaired=result.repaired)
+
+
+def _shares(analysis: Analysis, budget: Budget) -> Mapping[str, tuple[float, float]]:
+    """Kind -> (dense cost, share of it that is asked for)."""
+    targets = read_targets(budget.target)
+    dense = np.array([[g.size for g in analysis.groups.groups]], np.float64)
+    costs = static_costs(analysis.groups, analysis.given.nbytes)(dense)
+    found = {}
+    for target in targets:
+        if target.kind == "latency":
+            engine = find(budget.provider, "provider")
+            traced = analysis.groups.traced
+            feeds = one_sample(traced, runnable(analysis.normal.model, traced, seed=0))
+            whole = paired_seconds(engine, analysis.given, analysis.given, feeds, threads=budget.threads)[0]
+        else:
+            whole = float(costs[target.kind][0])
+        found[target.kind] = whole, target.limit(whole) / whole
+    return found
+
+
+def _limits(budget: Budget, shares: Mapping[str, tuple[float, float]], number: int, steps: int) -> tuple[str, ...]:
+    """Targets of a step, in absolute figures. Before the last, MACs stand for latency, which takes long to measure."""
+    found: dict[str, float] = {}
+    for kind, (whole, share) in shares.items():
+        if number < steps and kind == "latency":
+            continue
+        found[kind] = whole * share ** (number / steps)
+    if not found and shares:
+        return (f"macs={shares['latency'][1] ** (1 / steps):.6f}x",) if shares["latency"][1] < 1 else ()
+    return tuple(spelled(Target(kind, value, False)) for kind, value in found.items())
+
+
+def spelled(target: Target) -> str:
+    """A target as the command line has it, in the kind's smallest unit."""
+    unit = {"size": "B", "memory": "B", "latency": "s"}.get(target.kind, "")
+    return f"{target.kind}={target.value:.9g}{unit}"
+
+
+def _on(evidence: Any, analysis: Analysis) -> Any:
+    """Data as they are used on another model: what noise is run through is adapted to it anew."""
+    if not isinstance(evidence, Evidence):
+        return evidence
+    model = analysis.normal.model
+    if evidence.noise and evidence.batches:
+        fed = [{k: v for k, v in b.items() if k != evidence.labels} for b in evidence.batches]
+        model = adapted(model, analysis.groups, fed)
+    return replace(evidence, model=model)
+
+
+def _record(analysis: Analysis, budget: Budget, last: Mapping[str, Any], result: Result) -> dict[str, Any]:
+    """The record of the last step, with costs and quality against the model as it was."""
+    dense = np.array([[g.size for g in analysis.groups.groups]], np.float64)
+    whole = static_costs(analysis.groups, analysis.given.nbytes)(dense)
+    costs = {k: [float(whole[k][0]) if k in whole else v[0], v[1], v[2]] for k, v in last["costs"].items()}
+    return {**last, "target": list(budget.target), "costs": costs, **quality_of(analysis, budget, result.model)}
+
