@@ -39,13 +39,13 @@ def engine(request):
     return ready(request.param)
 
 
-def model(nodes, inputs, outputs, weights=()):
-    """inputs, outputs: name -> (type, shape)."""
+def model(nodes, inputs, outputs, weights=(), inside=()):
+    """inputs, outputs, inside (values that the file tells the shape of): name -> (type, shape)."""
     def values(named):
         return [helper.make_tensor_value_info(n, KINDS[np.dtype(k)], s) for n, (k, s) in named.items()]
 
     tensors = [numpy_helper.from_array(np.asarray(v), n) for n, v in dict(weights).items()]
-    graph = helper.make_graph(nodes, "g", values(inputs), values(outputs), tensors)
+    graph = helper.make_graph(nodes, "g", values(inputs), values(outputs), tensors, value_info=values(dict(inside)))
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.checker.check_model(proto, full_check=True)
     return load(proto)
@@ -84,7 +84,8 @@ def convnet(batch="n", size=(6, 8), channels=5):
     ]
     weights = {"w1": floats(rng, 7, 3, 3, 3), "b1": floats(rng, 7), "w2": floats(rng, channels, 7, 3, 3), "w3": floats(rng, 4, channels)}
     return model(nodes, {"x": (np.float32, [batch, 3, *size])},
-                 {"scores": (np.float32, [batch, 4]), "picture": (np.float32, [batch, channels, *size])}, weights)
+                 {"scores": (np.float32, [batch, 4]), "picture": (np.float32, [batch, channels, *size])}, weights,
+                 {"a": (np.float32, [batch, 7, *size])})
 
 
 def test_a_pruned_network(engine, tmp_path):
