@@ -22,8 +22,11 @@ from spa.repair import Repaired, RepairOptions
 from spa.reporting import write_report
 from spa.rewrite import rewrite
 from spa.score import score
+from spa.sensitivity import sensitivity
 from spa.signatures import FIXED, MAP, STAT, SUM, signature
 from spa.store import Model, load, save
+from spa.sweep import sweep
+from spa.sweep_report import write_sweep
 from spa.trace import trace
 
 __version__ = "0.1.0"
@@ -71,7 +74,10 @@ __all__ = [
     "rewrite",
     "save",
     "score",
+    "sensitivity",
     "signature",
+    "sweep",
     "trace",
     "write_report",
+    "write_sweep",
 ]

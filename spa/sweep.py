@@ -188,6 +188,7 @@ class _Run:
         weighed = sorted({(s.criterion, s.repair) for s in left if sweep_tasks.weighs(s, self.lab)})
         due = [s for s in self.settings if s in left or _untimed(self.folder.read(s), retry)] if bench else []
         self.total = len(scored) + len(weighed) + len(left) + len(due)
+        self.tell(Progress(0, self.total, ""))
         known: dict[str, Known | Failure] = dict(self._scores(scored))
         known |= dict(self._losses(weighed, known))
         self._points(left, known)
