@@ -22,7 +22,7 @@ from spa.signatures import FIXED, STAT, Refusal, Signature, rule_of
 from spa.signatures.arithmetic import READS_SHAPE
 from spa.signatures.sizes import dim_sizes, term_size
 from spa.signatures.table import Dim, One, Operand, Pick, Product, Sum, Term, cause_of, dims_of, kind_of, read
-from spa.view import FLOATS, constant_of, dtype_is_float, stored, view
+from spa.view import FLOATS, constant_of, dtype_holds_weights, stored, view
 
 MOST = 1 << 28  # positions of an axis; a size beyond that is a damaged attribute
 
@@ -75,8 +75,8 @@ class Traced:
 
     @cached_property
     def weights(self) -> tuple[str, ...]:
-        """Float values that the file holds or creates from nothing (ConstantOfShape), in graph order."""
-        found = [n for n, tensor in self.constants.items() if dtype_is_float(tensor.dtype)]
+        """Parameters: float or quantised values that the file holds or creates from nothing (ConstantOfShape), in graph order."""
+        found = [n for n, tensor in self.constants.items() if dtype_holds_weights(tensor.dtype)]
         for node in self.nodes:
             if node.signature is not None and node.node.inputs and all(o is None for o in node.signature.inputs):
                 given = all(t.name in self.constants for t in node.node.inputs if t.name)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from onnx_graphsurgeon.exporters.onnx_exporter import dtype_to_onnx
 
 Shape = tuple[int, ...]
+QUANTIZED = frozenset({onnx.TensorProto.INT8, onnx.TensorProto.UINT8, onnx.TensorProto.INT4, onnx.TensorProto.UINT4})
 FLOATS = frozenset({onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16})
 
 
@@ -91,6 +92,16 @@ def opset_of(graph: gs.Graph, domain: str) -> int:
         if imported.domain == domain or (not domain and imported.domain == "ai.onnx"):
             return int(imported.version)
     return int(graph.opset) if not domain else 1
+
+
+def dtype_holds_weights(dtype: Any) -> bool:
+    """Whether elements of a gs dtype are parameters: floats, and the integers of at most 8 bits that quantised weights are stored as."""
+    if dtype is None:
+        return False
+    try:
+        return dtype_to_onnx(dtype) in FLOATS | QUANTIZED
+    except (TypeError, ValueError, KeyError):
+        return False
 
 
 def dtype_is_float(dtype: Any) -> bool:

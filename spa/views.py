@@ -27,7 +27,7 @@ from spa.observe import MEMORY, Part, Vectors, draw_rows, observe, parts_of, str
 from spa.rows import rows
 from spa.store import Model
 from spa.trace import constant_values
-from spa.view import dtype_is_float
+from spa.view import dtype_holds_weights
 
 Array = NDArray[np.float64]
 
@@ -290,7 +290,7 @@ class View:
         constants = groups.traced.constants
         norms = {n.node.inputs[1].name for n in groups.traced.nodes if n.signature is not None and n.signature.moments is not None}
         for value, axis in self.group.sites:
-            if value not in constants or not dtype_is_float(constants[value].dtype):
+            if value not in constants or not dtype_holds_weights(constants[value].dtype):
                 continue
             tensor = constants[value]
             shape = tuple(tensor.shape)
@@ -359,7 +359,7 @@ class Sums:
             for group in self.groups.free():
                 free[group.start + 1 : group.start + 1 + group.size] = True
             for name, tensor in constant_values(self.graph).items():
-                if dtype_is_float(tensor.dtype):
+                if dtype_holds_weights(tensor.dtype):
                     self._add(name, tensor, p, free, matrices, vectors)
             self.made[p] = matrices[1:], vectors[1:]
         return self.made[p]

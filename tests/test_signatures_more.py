@@ -9,7 +9,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 from signature_cases import Case, Outcome, examine, on_runtime, trace_case, with_initializers
+from test_trace import net
 
+import spa
 from spa.rewrite import rewrite
 from spa.store import load, to_proto, with_graph
 
@@ -358,3 +360,18 @@ def test_inputs_that_a_signature_does_not_name_stay_whole(monkeypatch: pytest.Mo
 def test_names_are_unique() -> None:
     assert len({c.name for c in CASES}) == len(CASES)
     assert onnx.defs.onnx_opset_version() >= 23
+
+
+def test_quantised_weights_are_weights() -> None:
+    """As onnxruntime.quantization writes them: a bias with a scale of shape (1,) and a zero point that is a scalar."""
+    body = """wf = DequantizeLinear(w1, s1, z1) bf = DequantizeLinear(b1, sb, zb) h = Gemm<transB=1>(x, wf, bf) r = Relu(h)
+      vf = DequantizeLinear<axis=0>(w2, s2, z2) y = Gemm<transB=1>(r, vf)"""
+    rng = np.random.default_rng(0)
+    model = net("float[n,6] x -> float[n,4] y", body, w1=rng.integers(-127, 127, (8, 6)).astype(np.int8), s1=np.array(0.01, np.float32),
+                z1=np.array(0, np.int8), b1=rng.integers(-9, 9, 8).astype(np.int32), sb=np.array([0.001], np.float32), zb=np.array(0, np.int32),
+                w2=rng.integers(-127, 127, (4, 8)).astype(np.int8), s2=np.full(4, 0.02, np.float32), z2=np.zeros(4, np.int8))  # fmt: skip
+    result = spa.prune(model, 0.5, multiple_of=1)
+    assert result.plan.groups["w1:0"]["size"] == 8
+    assert result.after.macs == result.before.macs / 2
+    assert result.check is not None
+    assert result.check.worst == 0

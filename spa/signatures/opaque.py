@@ -28,7 +28,6 @@ def quantize(node: NodeView) -> Signature | Refusal:
         return Refusal("its shape is unknown")
     names = [f"a.{i}" for i in range(len(shape))]
     terms: Operand = tuple(map(Dim, names))
-    small: Operand = None
     axis = min(axis_of(node, 1, len(shape)), len(shape) - 1) if shape else 0
     block = int(node.attrs.get("block_size", 0))
     if block and len(scale) == len(shape):
@@ -36,13 +35,16 @@ def quantize(node: NodeView) -> Signature | Refusal:
             return Refusal("its last block is not full")
         parts = Product((Dim("q"), Dim("block")))
         terms = tuple(parts if i == axis else Dim(n) for i, n in enumerate(names))
-        small = tuple(Dim("q" if i == axis else n) for i, n in enumerate(names))
-        return Signature((terms, small, small), (terms,), {"block": FIXED}, {"block": "shares one scale"}, {"q": scale[axis]})
-    if len(scale) == 1:
-        small = (One(),) if scale[0] == 1 and shape[axis] != 1 else (Dim(names[axis]),)
-    elif len(scale) > 1:
-        small = spread(scale, shape)
-    return Signature((terms, small, small if len(node.inputs) > 2 else None), (terms,))
+        blocks = tuple(Dim("q" if i == axis else n) for i, n in enumerate(names))
+        return Signature((terms, blocks, blocks), (terms,), {"block": FIXED}, {"block": "shares one scale"}, {"q": scale[axis]})
+
+    def small(own: tuple[int, ...] | None) -> Operand:  # scale and zero point need not have one shape where both are for all
+        if own is not None and len(own) == 1:
+            return (One(),) if own[0] == 1 and shape[axis] != 1 else (Dim(names[axis]),)
+        return spread(own, shape) if own else None
+
+    zero = small(node.inputs[2]) if len(node.inputs) > 2 and node.present[2] else None
+    return Signature((terms, small(scale), zero), (terms,))
 
 
 @signature("RoiAlign", "MaxRoiPool")
