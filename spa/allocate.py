@@ -22,6 +22,7 @@ Costs = Callable[[Array], Mapping[str, Array]]
 
 WAYS = ("auto", "uniform", "global", "sensitivity", "solver")
 ROUNDS = 24  # of the solver: each takes the costs as they are at the widths of the one before
+EXCHANGES, PAIRS = 64, 4000  # rounds of exchanging between two groups, and pairs that each looks at
 REACH = 0.5  # of a group's size: how far one round may lead at first
 
 
@@ -156,25 +157,55 @@ def _bisect(problem: Problem, start: Callable[[float], NDArray[np.int64]]) -> ND
 
 
 def _solve(problem: Problem) -> NDArray[np.int64]:
-    """Least loss under the limits: rounds of a multiple-choice knapsack, within reach of the widths of the round before."""
-    rungs = _by_threshold(problem, [_slopes(x, w) for x, w in zip(problem.losses, problem.ladders, strict=True)])
+    """Least loss under the limits: from several starts, rounds of a multiple-choice knapsack, then exchanges between two groups."""
+    slopes = [_slopes(x, w) for x, w in zip(problem.losses, problem.ladders, strict=True)]
+    starts = [_by_threshold(problem, prices) for prices in (slopes, list(problem.losses))]
+    found = [_exchanged(problem, _rounds(problem, _fill(problem, start))) for start in starts]
+    return min(found, key=problem.loss)
+
+
+def _rounds(problem: Problem, rungs: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Rounds of the knapsack, each within reach of the best widths so far."""
     best, least = rungs, problem.loss(rungs)
     reach = REACH
     for _ in range(ROUNDS):
-        found = _knapsack(problem, rungs, reach)
+        found = _knapsack(problem, best, reach)
         if found is None:
             break
         found = _fill(problem, _shrunk(problem, found))
         loss = problem.loss(found)
-        better = loss < least * (1 - 1e-6)
-        if better:
+        if loss < least * (1 - 1e-6):
             best, least = found, loss
-        if np.array_equal(found, rungs) or not better:
-            reach /= 2
-        rungs = best
+            continue
+        reach /= 2
         if reach * max(len(ladder) for ladder in problem.ladders) < 1:
             break
     return best
+
+
+def _exchanged(problem: Problem, rungs: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Steps up of one group paid for by steps down of another, as long as that loses less."""
+    rng = np.random.default_rng(0)
+    count = len(rungs)
+    pairs = np.array([(i, j) for i in range(count) for j in range(count) if i != j], np.int64).reshape(-1, 2)
+    for _ in range(EXCHANGES):
+        tried = pairs if len(pairs) <= PAIRS else pairs[rng.choice(len(pairs), PAIRS, replace=False)]
+        moves = np.concatenate([np.column_stack([tried, np.full_like(tried, n)[:, :1]]) for n in (1, 2, 3)])
+        moves = moves[(rungs[moves[:, 0]] + moves[:, 2] <= problem.top[moves[:, 0]]) & (rungs[moves[:, 1]] > 0)]
+        if not len(moves):
+            break
+        rows = np.arange(len(moves))
+        moved = np.repeat(rungs[None], len(moves), axis=0)
+        moved[rows, moves[:, 0]] += moves[:, 2]
+        moved[rows, moves[:, 1]] -= 1
+        change = np.array([problem.losses[i][rungs[i] + n] - problem.losses[i][rungs[i]] + problem.losses[j][rungs[j] - 1]
+                           - problem.losses[j][rungs[j]] for i, j, n in moves])  # fmt: skip
+        better = np.flatnonzero(change < -1e-9 * max(problem.loss(rungs), 1e-30))
+        fits = better[problem.excess(moved[better]) <= 1] if len(better) else better
+        if not len(fits):
+            break
+        rungs = _fill(problem, moved[fits[np.argmin(change[fits])]])
+    return rungs
 
 
 def _knapsack(problem: Problem, rungs: NDArray[np.int64], reach: float) -> NDArray[np.int64] | None:

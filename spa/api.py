@@ -121,7 +121,7 @@ def plan(
         model if isinstance(model, Analysis) else analyze(model, inputs=inputs, protect_outputs=protect_outputs, stat=stat, stage=stage)
     )
     groups = analysis.groups
-    wants = needs or swaps or budget.judges or budget.measures
+    wants = needs or swaps or budget.asks or budget.judges
     evidence = evidence_for(analysis, calibration, seed=seed, stage=stage) if wants else None
     budget, evidence = with_data(analysis, budget, evidence, seed=seed, stage=stage)
     if evidence is None and swaps:
@@ -287,17 +287,19 @@ def carried_out(
         raise BadOption(f"--steps is {steps}, but must be 1 or more.")
     budget, evidence = with_data(analysis, budget, evidence, seed=seed, stage=stage)
 
-    def decide(current: Analysis, data: Evidence | None, limits: Budget, share: float | None) -> Plan:
-        return plan(current, share, calibration=data, target=limits, seed=seed, stage=stage, **wishes)
+    def decide(current: Analysis, data: Evidence | None, limits: Budget, share: float | None, own: Mapping[str, float]) -> Plan:
+        options = {**wishes, "ratios": {**(wishes.get("ratios") or {}), **own}}
+        return plan(current, share, calibration=data, target=limits, seed=seed, stage=stage, **options)
 
     def carry_out(current: Analysis, decided: Plan, data: Evidence | None) -> Result:
         return apply(current, decided, check=check, seed=seed, feeds=feeds, tolerance=tolerance, repair=budget.repair, calibration=data,
                      stage=stage)  # fmt: skip
 
     if steps == 1:
-        return carry_out(analysis, decide(analysis, evidence, budget, ratio), evidence)
+        return carry_out(analysis, decide(analysis, evidence, budget, ratio, {}), evidence)
     check_limits(budget, ratio, wishes["scope"])
-    return prune_in_steps(analysis, Stages(decide, carry_out), steps, ratio=ratio, budget=budget, evidence=evidence)
+    local = wishes["scope"] in (None, "local")
+    return prune_in_steps(analysis, Stages(decide, carry_out), steps, ratio=ratio, local=local, budget=budget, evidence=evidence)
 
 
 __all__ = [

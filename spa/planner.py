@@ -53,7 +53,8 @@ class Budget:
     allocation: how widths are found: auto, uniform, global, sensitivity or solver. max_drop: of the metric, in its own unit (points of
     accuracy). metric: a name of `spa.metrics.METRICS` or module:function. evaluate: data to judge on, as calibration takes them; by default
     a quarter of the calibration data is held out. output: the name of the output that is looked at, by default the first. provider,
-    threads: what latency means. time_limit: seconds for measuring losses. repair: what pruned models get before they are judged.
+    threads: what latency means. time_limit: seconds for measuring losses. repair: what pruned models get before they are judged. held: the
+    data to judge on as they were read, see `with_data`.
     """
 
     target: tuple[str, ...] = ()
@@ -66,6 +67,7 @@ class Budget:
     threads: int = 0
     time_limit: float = TIME_LIMIT
     repair: RepairOptions | str = "none"
+    held: Evidence | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         read_targets(self.target)
@@ -118,7 +120,7 @@ class Planner:
         self.analysis, self.space, self.scores, self.budget = analysis, space, scores, budget
         self.seed, self.stage = seed, stage
         self.groups = analysis.groups
-        self.fit, self.held = evidence, budget.evaluate
+        self.fit, self.held = evidence, budget.held
         self.costs = static_costs(self.groups, analysis.given.nbytes)
         self.targets = read_targets(budget.target)
         self._scored = score_losses(space, scores, normalize)
@@ -320,19 +322,28 @@ def with_data(
     analysis: Analysis, budget: Budget, evidence: Evidence | None, *, seed: int = 0, stage: Stage = quiet
 ) -> tuple[Budget, Evidence | None]:
     """The budget with data to judge on, and the data that are left to fit on: a quarter is held out where no others are given."""
+    if budget.held is not None:
+        return budget, evidence
     if budget.evaluate is not None:
-        return replace(budget, evaluate=evidence_for(analysis, budget.evaluate, seed=seed, stage=stage)), evidence
-    if evidence is None or evidence.noise or not (budget.judges or budget.measures):
-        return replace(budget, evaluate=evidence if budget.judges else None), evidence
+        found = evidence_for(analysis, budget.evaluate, seed=seed, stage=stage)
+        return replace(budget, held=None if found is None else _labelled(found)), evidence
+    if evidence is None or not evidence.batches or evidence.noise or not (budget.judges or budget.measures):
+        return replace(budget, held=evidence if budget.judges else None), evidence
     fit, held = split(evidence)
-    return replace(budget, evaluate=held), fit
+    return replace(budget, held=_labelled(held)), fit
+
+
+def _labelled(evidence: Evidence) -> Evidence:
+    """The same, without the name of labels that are not there."""
+    there = bool(evidence.batches) and evidence.labels in evidence.batches[0]
+    return evidence if there or evidence.labels is None else replace(evidence, labels=None)
 
 
 def quality_of(analysis: Analysis, budget: Budget, model: Model) -> dict[str, Any]:
     """What a plan records of a pruned model's quality; empty where nothing is asked."""
     if not budget.judges:
         return {}
-    held = budget.evaluate
+    held = budget.held
     judged = _judge(analysis, budget, held)
     return {"quality": {judged.metric.name: [judged.value, judged(model)]}, "evaluated": None if held is None else held.samples}
 

@@ -6,6 +6,7 @@ share of what is left, so that limits fall geometrically.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -33,16 +34,17 @@ if TYPE_CHECKING:
 class Stages:
     """The two halves of a step, told what differs from step to step: how to decide, and how to carry out."""
 
-    decide: Callable[[Analysis, Evidence | None, Budget, float | None], Plan]
+    decide: Callable[[Analysis, Evidence | None, Budget, float | None, Mapping[str, float]], Plan]
     carry_out: Callable[[Analysis, Plan, Evidence | None], Result]
 
 
 def prune_in_steps(
-    analysis: Analysis, stages: Stages, steps: int, *, ratio: float | None, budget: Budget, evidence: Evidence | None
+    analysis: Analysis, stages: Stages, steps: int, *, ratio: float | None, local: bool, budget: Budget, evidence: Evidence | None
 ) -> Result:
     """The result of so many steps, with one plan that leads from the model as it was to what is left.
 
-    Raises BadOption for --max-drop, which is searched over whole prunings; NothingToPrune if not even one step removes anything.
+    local: whether the ratio is each group's own. Raises BadOption for --max-drop, which is searched over whole prunings; NothingToPrune
+    if not even one step removes anything.
     """
     if budget.max_drop is not None:
         raise BadOption("--steps goes with --ratio or --target: --max-drop is searched in one step.")
@@ -52,10 +54,12 @@ def prune_in_steps(
     current, done, options = analysis, [], {}
     result: Result | None = None
     for number in range(1, steps + 1):
-        asked = replace(budget, metric=None, evaluate=_on(budget.evaluate, current), target=_limits(budget, shares, number, steps))
+        limits = _limits(budget, shares, number, steps)
+        asked = replace(budget, metric=None, evaluate=None, held=_on(budget.held, current), target=limits)
         data = _on(evidence, current)
         try:
-            plan = stages.decide(current, data, asked, None if budget.asks else share)
+            own = {} if budget.asks or not local else _own_ratios(analysis, current, (1 - share) ** number)
+            plan = stages.decide(current, data, asked, None if budget.asks else share, own)
         except NothingToPrune:
             if number == steps and result is None:
                 raise
@@ -76,13 +80,19 @@ def prune_in_steps(
     gone = np.ones(analysis.groups.total, bool)
     for group in analysis.groups.groups:
         gone[group.start + kept[group.name]] = False
-    options |= {"ratio": ratio if not budget.asks else None, "steps": done}
+    options |= {"ratio": None if budget.asks else 0.5 if ratio is None else ratio, "steps": done}
     if "budget" in options:
         options["budget"] = _record(analysis, budget, options["budget"], result)
     plan = make_plan(analysis.given, analysis.groups, gone, copies=analysis.normal.copies, options=options, trace=analysis.settings,
                      notes=result.plan.notes)  # fmt: skip
     before, after = count(analysis.groups), count(analysis.groups, mask_of(plan, analysis.groups))
     return replace(result, plan=plan, analysis=analysis, before=before, after=after, repaired=result.repaired)
+
+
+def _own_ratios(analysis: Analysis, current: Analysis, left: float) -> dict[str, float]:
+    """Ratios that lead every group to a share of its first size, so that roundings of several steps do not add up."""
+    first = {g.name: g.size for g in analysis.groups.groups}
+    return {f"/^{re.escape(g.name)}$/": max(0.0, 1 - first[g.name] * left / g.size) for g in current.groups.free() if g.name in first}
 
 
 def _shares(analysis: Analysis, budget: Budget) -> Mapping[str, tuple[float, float]]:

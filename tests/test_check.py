@@ -109,9 +109,9 @@ def test_the_wrong_channels_are_caught() -> None:
 
 
 def test_prune_writes_nothing_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    import spa.api
+    import spa.cutting
 
-    right = spa.api.rewrite
+    right = spa.cutting.rewrite
 
     def wrong(*args: Any) -> Any:
         graph = right(*args)
@@ -119,7 +119,7 @@ def test_prune_writes_nothing_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> 
         tensor.values = tensor.values * 1.01
         return graph
 
-    monkeypatch.setattr(spa.api, "rewrite", wrong)
+    monkeypatch.setattr(spa.cutting, "rewrite", wrong)
     with pytest.raises(CheckFailed, match=r"output 'y' by .* of its scale, where 1e-04 is allowed; nothing was written"):
         spa.prune(model(), 0.5, multiple_of=1)
     assert spa.prune(model(), 0.5, multiple_of=1, tolerance=0.1).check.worst > 1e-3  # type: ignore[union-attr]

@@ -14,6 +14,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper, shape_inference
 
 import spa
 from spa.api import prove
+from spa.costs import CostModel
 from spa.rewrite import rewrite
 from spa.store import load, to_bytes, to_proto, with_graph
 
@@ -340,8 +341,20 @@ def check_random_mask(steps: list[Step], seed: int) -> bool:
     small = with_graph(analysis.normal.model, rewrite(analysis.normal.model.graph, analysis.groups, gone, analysis.normal.copies))
     proof = prove(analysis.normal.model, analysis.groups, gone, small, seed=seed)
     assert proof.passed, proof.differences
+    check_costs(analysis.groups, gone)
     check_valid(to_proto(small))
     return bool(free)
+
+
+def check_costs(groups: spa.Groups, gone: np.ndarray) -> None:
+    """Costs as polynomials of widths say what a count of the removal says."""
+    widths = np.array([np.count_nonzero(~gone[g.coordinates]) for g in groups.groups], np.float64)
+    found = {kind: float(v[0]) for kind, v in CostModel(groups).costs(widths[None]).items()}
+    counted = spa.count(groups, gone)
+    assert found["macs"] == counted.macs
+    assert found["params"] == counted.parameters
+    assert abs(found["size"] - counted.weight_bytes) < 1
+    assert abs(found["memory"] - counted.peak_bytes) <= 1
 
 
 def check_plan(steps: list[Step], seed: int, ratio: float, scope: str) -> bool:
