@@ -70,7 +70,8 @@ def gather(model: Model, groups: Groups, source: Any, *, samples: int = SAMPLES,
     spill = Spill(LIMIT)
     batches = [{name: spill.keep(value) for name, value in batch.items()} for batch in opened]
     run = adapted(model, groups, [{k: v for k, v in b.items() if k != opened.labels} for b in batches]) if opened.noise else model
-    return Evidence(opened.name, batches, run, opened.noise, opened.labels, spill)
+    labelled = opened.labels is not None and all(opened.labels in b for b in batches)  # functions may give labels, or not
+    return Evidence(opened.name, batches, run, opened.noise, opened.labels if labelled else None, spill)
 
 
 def stored_norms(groups: Groups) -> list[NodeTrace]:

@@ -117,7 +117,7 @@ def _png(found: Sensitivity) -> bytes:
     left.invert_yaxis()
     left.set_xlabel(f"{found.metric} lost{f', {found.unit}' if found.unit else ''} (as it is {worth(found.quality)})")
     right.set_xlabel("MACs saved at most, %")
-    left.legend(frameon=False, fontsize=8, loc="lower right")
+    drawn.legend(frameon=False, fontsize=8, loc="outside upper left", ncols=len(found.ratios))
     held = io.BytesIO()
     drawn.savefig(held, format="png", metadata={"Software": None})
     return held.getvalue()

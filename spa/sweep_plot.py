@@ -43,6 +43,7 @@ def as_png(found: Sweep, cost: str = "macs", *, title: str = "") -> bytes:
     axes.plot(x, y, color=FRONT, linewidth=1.4, alpha=0.75, zorder=2, label="Pareto front")
     for series, points in _series(found, cost).items():
         colour, marker = _look(found, series)
+        axes.plot([100 * p.shares[cost] for p in points], [p.quality for p in points], color=colour, linewidth=0.8, alpha=0.3, zorder=1)
         for chosen, alpha in ((False, FAINT), (True, 1.0)):
             some = [p for p in points if (p.name in best) == chosen]
             axes.scatter([100 * p.shares[cost] for p in some], [p.quality for p in some], s=42 if chosen else 30, marker=marker[0],
@@ -89,7 +90,7 @@ def as_html(found: Sweep, cost: str = "macs", *, title: str = "") -> bytes:
         updatemenus=[{"type": "buttons", "direction": "right", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom",
                       "buttons": buttons, "active": found.kinds.index(cost), "showactive": True}],
     )  # fmt: skip
-    page = drawn.to_html(include_plotlyjs=True, full_html=True, div_id="sweep", default_height="96vh", config={"displaylogo": False})
+    page = drawn.to_html(include_plotlyjs=True, full_html=True, div_id="sweep", default_height="90vh", config={"displaylogo": False})
     return str(page).encode("utf-8", "backslashreplace")
 
 
@@ -102,11 +103,17 @@ def _traces(graph_objects: Any, drawn: Any, found: Sweep, cost: str, *, visible:
                                           hoverinfo="skip", visible=visible))  # fmt: skip
     for series, points in _series(found, cost).items():
         colour, marker = _look(found, series)
+        name = html.escape(_name(found, series))
+        drawn.add_trace(graph_objects.Scatter(  # stands in the legend, where the points' own size and opacity would be those of the first
+            x=[None], y=[None], mode="markers", name=name, legendgroup=name, visible=visible,
+            marker={"color": colour, "symbol": marker[1], "size": 11},
+        ))  # fmt: skip
         drawn.add_trace(graph_objects.Scatter(
-            x=[100 * p.shares[cost] for p in points], y=[p.quality for p in points], mode="markers", name=html.escape(_name(found, series)),
-            text=[_hover(found, p) for p in points], hovertemplate="%{text}<extra></extra>", visible=visible,
+            x=[100 * p.shares[cost] for p in points], y=[p.quality for p in points], mode="lines+markers", name=name, legendgroup=name,
+            text=[_hover(found, p) for p in points], hovertemplate="%{text}<extra></extra>", visible=visible, showlegend=False,
             marker={"color": colour, "symbol": marker[1], "size": [13 if p.name in best else 9 for p in points],
                     "opacity": [1.0 if p.name in best else FAINT for p in points], "line": {"width": 1, "color": "white"}},
+            line={"color": f"{colour}44", "width": 1},
         ))  # fmt: skip
     told = "<br>".join(["<b>as it is</b>", *(f"{COSTS[k]}: {figure(k, v)}" for k, v in found.dense.items()),
                         html.escape(f"{found.metric}: {worth(found.quality)}")])  # fmt: skip
@@ -139,12 +146,12 @@ def _stairs(found: Sweep, front: Sequence[Point], cost: str) -> tuple[list[float
 
 
 def _series(found: Sweep, cost: str) -> dict[tuple[str, str, str], list[Point]]:
-    """Points that share a criterion, a way and a repair, and whose cost is known."""
+    """Points that share a criterion, a way and a repair, and whose cost is known; the cheapest first."""
     made: dict[tuple[str, str, str], list[Point]] = {}
     for point in found.made:
         if cost in point.shares:
             made.setdefault(point.setting.series, []).append(point)
-    return made
+    return {series: sorted(points, key=lambda p: p.shares[cost]) for series, points in sorted(made.items())}
 
 
 def _look(found: Sweep, series: tuple[str, str, str]) -> tuple[str, tuple[str, str]]:
