@@ -63,7 +63,8 @@ def macs_terms(node: NodeTrace) -> list[tuple[int, list[str]]]:
 
 
 def node_costs(traced: Traced, number: NDArray[np.int64], total: int) -> Costs:
-    """Shares of parameters and MACs by coordinate; `number` maps atoms to coordinates + 1."""
+    """Shares of parameters and MACs (of one sample where the batch is free) by coordinate; `number` maps atoms to coordinates + 1."""
+    batch = free_batch(traced)
     parameters, macs = np.zeros(total + 1), np.zeros(total + 1)
     for name in traced.weights:
         size = float(np.prod(traced.facts.shapes[name] or ()))
@@ -73,7 +74,7 @@ def node_costs(traced: Traced, number: NDArray[np.int64], total: int) -> Costs:
     for node in traced.nodes:
         for factor, dims in macs_terms(node):
             axes = [node.dims[d] for d in dims if d in node.dims]
-            size = float(factor * np.prod([a.length for a in axes], dtype=np.float64))
+            size = float(factor * np.prod([a.length for a in axes], dtype=np.float64)) / batch
             for axis in axes:
                 if axis.labels is not None:
                     _share(macs, number[traced.atoms.resolve(axis.labels, frozen=True)], size)

@@ -25,10 +25,11 @@ from numpy.typing import NDArray
 from spa.atoms import Labels
 from spa.count import macs_terms
 from spa.errors import BadOption
+from spa.feeds import free_batch
 from spa.groups import Group, Groups, Site
 from spa.signatures.table import Signature, dims_of
 from spa.trace import Axis, NodeTrace, Reason, node_name
-from spa.view import dtype_is_float
+from spa.view import dtype_holds_weights
 
 _WHOLE = Reason("", "", "it", None, "stays whole, as nothing says that it may shrink")
 
@@ -253,7 +254,7 @@ def _held_costs(groups: Groups, of: NDArray[np.int64], count: int) -> tuple[NDAr
         return shares[id(rows)]
 
     for name, tensor in traced.constants.items():
-        if dtype_is_float(tensor.dtype):
+        if dtype_holds_weights(tensor.dtype):
             found = [share(groups.labels[name, a]) for a in range(len(tensor.shape)) if (name, a) in groups.labels]
             size = float(np.prod(tensor.shape))
             none, unfree, neither = _outside(found, count)
@@ -267,7 +268,7 @@ def _held_costs(groups: Groups, of: NDArray[np.int64], count: int) -> tuple[NDAr
             kept += rows
             size = float(factor * np.prod([a.length for a in axes], dtype=np.float64))
             macs += size * (1 - _outside([share(r) for r in rows if r.shape[1]], count)[0])
-    return parameters, macs, stuck
+    return parameters, macs / free_batch(traced), stuck  # of one sample, as in the counts
 
 
 def _outside(

@@ -62,7 +62,7 @@ def report_data(
         "proof": report.check_data(result.check), "latency": [report.race_data(r) for r in races],
         "quality": {name: {"before": float(old), "after": float(new)} for name, (old, new) in figures.items()}, "budget": budget,
         "groups": _groups(groups, plan, batch), "repair": None if result.repaired is None else report.repair_data(result.repaired),
-        "frozen": [{**report.cause_data(c), "macs": c.macs / batch} for c in frozen_causes(groups)], "notes": dict(plan.notes),
+        "frozen": [report.cause_data(c) for c in frozen_causes(groups)], "notes": dict(plan.notes),
         "network": network_data(groups, gone, batch),
     }
     plain: dict[str, Any] = report.plain(data)
