@@ -23,6 +23,7 @@ Costs = Callable[[Array], Mapping[str, Array]]
 WAYS = ("auto", "uniform", "global", "sensitivity", "solver")
 ROUNDS = 24  # of the solver: each takes the costs as they are at the widths of the one before
 EXCHANGES, PAIRS = 64, 4000  # rounds of exchanging between two groups, and pairs that each looks at
+GIVEN = 0.02  # of the loss, which coming within 2 % of a limit may cost
 REACH = 0.5  # of a group's size: how far one round may lead at first
 
 
@@ -118,7 +119,7 @@ def allocate(problem: Problem, way: str, start: Callable[[float], NDArray[np.int
         rungs = _solve(problem)
     else:
         raise BadOption(f"--allocation is {way!r}; the choice is: {', '.join(WAYS)}.")
-    rungs = _fill(problem, rungs)
+    rungs = _nearer(problem, _fill(problem, rungs))
     costs = problem.costs(problem.widths(np.stack([rungs, problem.top])))
     kept = {g: int(ladder[r]) for g, ladder, r in zip(problem.groups, problem.ladders, rungs, strict=True)}
     first, second = ({kind: float(found[i]) for kind, found in costs.items()} for i in (0, 1))
@@ -185,27 +186,43 @@ def _rounds(problem: Problem, rungs: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def _exchanged(problem: Problem, rungs: NDArray[np.int64]) -> NDArray[np.int64]:
     """Steps up of one group paid for by steps down of another, as long as that loses less."""
-    rng = np.random.default_rng(0)
-    count = len(rungs)
-    pairs = np.array([(i, j) for i in range(count) for j in range(count) if i != j], np.int64).reshape(-1, 2)
     for _ in range(EXCHANGES):
-        tried = pairs if len(pairs) <= PAIRS else pairs[rng.choice(len(pairs), PAIRS, replace=False)]
-        moves = np.concatenate([np.column_stack([tried, np.full_like(tried, n)[:, :1]]) for n in (1, 2, 3)])
-        moves = moves[(rungs[moves[:, 0]] + moves[:, 2] <= problem.top[moves[:, 0]]) & (rungs[moves[:, 1]] > 0)]
-        if not len(moves):
-            break
-        rows = np.arange(len(moves))
-        moved = np.repeat(rungs[None], len(moves), axis=0)
-        moved[rows, moves[:, 0]] += moves[:, 2]
-        moved[rows, moves[:, 1]] -= 1
-        change = np.array([problem.losses[i][rungs[i] + n] - problem.losses[i][rungs[i]] + problem.losses[j][rungs[j] - 1]
-                           - problem.losses[j][rungs[j]] for i, j, n in moves])  # fmt: skip
-        better = np.flatnonzero(change < -1e-9 * max(problem.loss(rungs), 1e-30))
-        fits = better[problem.excess(moved[better]) <= 1] if len(better) else better
+        moved, losses, excess = _exchanges(problem, rungs)
+        fits = np.flatnonzero((excess <= 1) & (losses < problem.loss(rungs) * (1 - 1e-9)))
         if not len(fits):
             break
-        rungs = _fill(problem, moved[fits[np.argmin(change[fits])]])
+        rungs = _fill(problem, moved[fits[np.argmin(losses[fits])]])
     return rungs
+
+
+def _nearer(problem: Problem, rungs: NDArray[np.int64]) -> NDArray[np.int64]:
+    """An exchange that comes within 2 % of a limit, where none of the steps does and that costs little: what may be spent is spent."""
+    if problem.excess(rungs[None])[0] >= 1 - EXACT or (rungs == problem.top).all():
+        return rungs
+    moved, losses, excess = _exchanges(problem, rungs)
+    fits = np.flatnonzero((excess <= 1) & (excess >= 1 - EXACT) & (losses <= problem.loss(rungs) * (1 + GIVEN)))
+    return _fill(problem, moved[fits[np.argmin(losses[fits])]]) if len(fits) else rungs
+
+
+def _exchanges(problem: Problem, rungs: NDArray[np.int64]) -> tuple[NDArray[np.int64], Array, Array]:
+    """Rungs, losses and excess after each exchange of some steps up of one group for some steps down of another."""
+    rng = np.random.default_rng(0)
+    pairs = np.array([(i, j) for i in range(len(rungs)) for j in range(len(rungs)) if i != j], np.int64).reshape(-1, 2)
+    if len(pairs) > PAIRS:
+        pairs = pairs[rng.choice(len(pairs), PAIRS, replace=False)]
+    parts = [np.column_stack([pairs, np.full(len(pairs), up), np.full(len(pairs), down)]) for up in (1, 2, 3) for down in (1, 2)]
+    moves = np.concatenate(parts) if len(pairs) else np.zeros((0, 4), np.int64)
+    i, j, up, down = moves.T
+    moves = moves[(rungs[i] + up <= problem.top[i]) & (rungs[j] >= down)]
+    i, j, up, down = moves.T
+    rows = np.arange(len(moves))
+    moved = np.repeat(rungs[None], len(moves), axis=0)
+    moved[rows, i] += up
+    moved[rows, j] -= down
+    most = max(len(x) for x in problem.losses)
+    table = np.stack([np.pad(x, (0, most - len(x))) for x in problem.losses])
+    losses = problem.loss(rungs) + table[i, moved[rows, i]] - table[i, rungs[i]] + table[j, moved[rows, j]] - table[j, rungs[j]]
+    return moved, losses, problem.excess(moved) if len(moves) else np.zeros(0)
 
 
 def _knapsack(problem: Problem, rungs: NDArray[np.int64], reach: float) -> NDArray[np.int64] | None:
