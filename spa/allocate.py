@@ -7,7 +7,10 @@ groups' widths. Whatever way finds the widths, they end on the safe side of ever
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -241,17 +244,37 @@ def _knapsack(problem: Problem, rungs: NDArray[np.int64], reach: float) -> NDArr
     room = [1 - here[kind][0] / limit for kind, limit in problem.limits.items()]
     once = sparse.csr_array((np.ones(len(choice)), (owner, np.arange(len(choice)))))
     loss = np.concatenate([x[s] for x, s in zip(problem.losses, spans, strict=True)])
-    found = optimize.milp(
-        loss / (loss.max() or 1.0), integrality=np.ones(len(choice), np.int64), bounds=optimize.Bounds(0, 1),
-        constraints=[optimize.LinearConstraint(once, 1, 1), optimize.LinearConstraint(np.array(rows), -np.inf, room)],
-        options={"mip_rel_gap": 1e-3, "time_limit": 10.0},
-    )  # fmt: skip
+    with _silenced():
+        found = optimize.milp(
+            loss / (loss.max() or 1.0), integrality=np.ones(len(choice), np.int64), bounds=optimize.Bounds(0, 1),
+            constraints=[optimize.LinearConstraint(once, 1, 1), optimize.LinearConstraint(np.array(rows), -np.inf, room)],
+            options={"mip_rel_gap": 1e-3, "time_limit": 10.0},
+        )  # fmt: skip
     if found.x is None:
         return None
     taken = np.flatnonzero(found.x > 0.5)
     result = rungs.copy()
     result[owner[taken]] = choice[taken]
     return result
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """HiGHS leaves lines for its developers on the process's stdout, past Python's, where results go."""
+    sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+    except OSError:  # closed: nothing can be written to it
+        yield
+        return
+    void = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(void, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(void)
 
 
 def _shrunk(problem: Problem, rungs: NDArray[np.int64]) -> NDArray[np.int64]:

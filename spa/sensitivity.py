@@ -30,11 +30,12 @@ RATIOS = (0.25, 0.5, 0.75)
 
 @dataclass(frozen=True)
 class Layer:
-    """A node that stores weights on the group's channels."""
+    """A node that stores weights on the group's channels. matrix: whether any is more than one number a channel."""
 
     node: str
     op: str
     weights: tuple[str, ...]
+    matrix: bool
 
 
 @dataclass(frozen=True)
@@ -212,5 +213,6 @@ def layers_of(groups: Groups, group: Group) -> tuple[Layer, ...]:
     for traced in groups.traced.nodes:
         own = tuple(t.name for t in traced.node.inputs if t.name in weights)
         if own:
-            found.append(Layer(node_name(traced.node), traced.node.op, own))
+            matrix = any(len(groups.traced.facts.shapes[w] or ()) > 1 for w in own)
+            found.append(Layer(node_name(traced.node), traced.node.op, own, matrix))
     return tuple(found)

@@ -21,15 +21,21 @@ from spa.sensitivity import GroupSensitivity, Layer, Sensitivity, Width
 from spa.sweep_plot import COLOURS
 from spa.sweep_report import csv_of, json_text, worth
 
-SHOWN = 3  # layers that a line of the table names
+SHOWN = 2  # layers that a line of the table names
 BARS = 40  # groups in a picture
 KINDS = tuple(k for k in COSTS if k != "latency")
 
 
 def named(layers: tuple[Layer, ...]) -> str:
-    """A group's layers in a few words."""
-    first = ", ".join(shorten(layer.node, 28) for layer in layers[:SHOWN])
-    return first + (f" and {len(layers) - SHOWN} more" if len(layers) > SHOWN else "")
+    """A group's layers in a few words; norms and constants count only where there is nothing else."""
+    chief = main_layers(layers)
+    first = ", ".join(shorten(layer.node, 20) for layer in chief[:SHOWN])
+    return first + (f" and {len(chief) - SHOWN} more" if len(chief) > SHOWN else "")
+
+
+def main_layers(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+    """Those with matrices, or all if there are none."""
+    return tuple(layer for layer in layers if layer.matrix) or layers
 
 
 def order(found: Sensitivity) -> list[GroupSensitivity]:
@@ -46,7 +52,7 @@ def tables(found: Sensitivity, *, limit: int | None = LIMIT) -> list[RenderableT
     for group in order(found):
         by_ratio = {w.ratio: w for w in group.widths}
         last = max(group.widths, key=lambda w: w.ratio)
-        rows.append((Name(group.name), named(group.layers), str(group.size), *(_lost(by_ratio.get(r)) for r in sorted(found.ratios)),
+        rows.append((Name(group.name), Name(named(group.layers)), str(group.size), *(_lost(by_ratio.get(r)) for r in sorted(found.ratios)),
                      percent(1 - last.shares["macs"], 1), percent(1 - last.shares["params"], 1)))  # fmt: skip
     shown = [table(title, head, rows, limit=limit)]
     failed = [(Name(g.name), f"{w.width} of {g.size}", w.failed) for g in found.groups for w in g.widths if w.failed]
@@ -124,8 +130,9 @@ def _png(found: Sensitivity) -> bytes:
 
 
 def _label(group: GroupSensitivity) -> str:
-    first = shorten(group.layers[0].node if group.layers else group.name, 34).replace("$", r"\$")
-    return first + (f" +{len(group.layers) - 1}" if len(group.layers) > 1 else "") + f" ({group.size})"
+    chief = main_layers(group.layers)
+    first = shorten(chief[0].node if chief else group.name, 34).replace("$", r"\$")
+    return first + (f" and {len(chief) - 1} more" if len(chief) > 1 else "") + f", {group.size}"
 
 
 WRITERS: Mapping[str, Callable[[Sensitivity], bytes]] = {".csv": _csv, ".json": _json, ".png": _png}

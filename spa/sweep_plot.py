@@ -81,17 +81,20 @@ def as_html(found: Sweep, cost: str = "macs", *, title: str = "") -> bytes:
         "label": COSTS[k], "method": "update",
         "args": [{"visible": [s == k for s in shown]}, {"xaxis.title.text": _cost_axis(found, k)}],
     } for k in found.kinds]  # fmt: skip
+    heading = html.escape(title or f"What {found.model or 'the model'} costs and what it is worth")
     drawn.update_layout(
         template="plotly_white", font={"family": "system-ui, sans-serif", "size": 14}, hoverlabel={"align": "left"},
-        title={"text": html.escape(title or f"What {found.model or 'the model'} costs and what it is worth"), "x": 0.02},
+        title={"text": heading, "x": 0.02},
         xaxis={"title": {"text": _cost_axis(found, cost)}, "ticksuffix": " %", "rangemode": "tozero"},
         yaxis={"title": {"text": html.escape(_worth_axis(found))}, "type": "log" if _logarithmic(found) else "linear"},
         margin={"l": 70, "r": 30, "t": 110, "b": 60}, hovermode="closest",
         updatemenus=[{"type": "buttons", "direction": "right", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom",
                       "buttons": buttons, "active": found.kinds.index(cost), "showactive": True}],
     )  # fmt: skip
-    page = drawn.to_html(include_plotlyjs=True, full_html=True, div_id="sweep", default_height="90vh", config={"displaylogo": False})
-    return str(page).encode("utf-8", "backslashreplace")
+    plot = drawn.to_html(include_plotlyjs=True, full_html=False, div_id="sweep", default_height="100vh", config={"displaylogo": False})
+    head = f"<head><meta charset=\"utf-8\"><title>{heading}</title></head>"
+    page = f"<!doctype html>\n<html lang=\"en\">{head}<body style=\"margin:0\">{plot}</body></html>\n"
+    return page.encode("utf-8", "backslashreplace")
 
 
 def _traces(graph_objects: Any, drawn: Any, found: Sweep, cost: str, *, visible: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Mapping
 
 import numpy as np
@@ -121,3 +122,16 @@ def test_what_is_impossible_says_what_is_possible() -> None:
 def test_limits_that_are_met_already_change_nothing() -> None:
     problem = chain([[4, 8], [4, 8]], [[1.0, 0.0], [1.0, 0.0]], macs=1e6)
     assert allocate(problem, "solver").widths == {0: 8, 1: 8}
+
+
+def test_the_solver_leaves_stdout_alone(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """HiGHS writes to the file, not through Python; what is printed before and after is there."""
+    def noisy(*_: object, **__: object) -> object:
+        os.write(1, b"HighsMipSolverData")
+        return type("Found", (), {"x": None})
+
+    monkeypatch.setattr("spa.allocate.optimize.milp", noisy)
+    print("before")
+    allocate(chain([[4, 8], [4, 8]], [[1.0, 0.0], [1.0, 0.0]], macs=100.0), "solver")
+    print("after")
+    assert capfd.readouterr().out == "before\nafter\n"

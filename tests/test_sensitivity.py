@@ -47,8 +47,10 @@ def test_coupled_layers_are_named(folder: Path) -> None:  # noqa: F811
     groups = spa.analyze("m.onnx").groups
     assert [(layer.node, layer.op, layer.weights) for layer in layers_of(groups, groups.by_name["w1:0"])] == [
         ("conv1", "Conv", ("w1",)), ("conv2", "Conv", ("w2",)), ("fc1", "Gemm", ("w3",))]  # fmt: skip
+    assert all(layer.matrix for layer in layers_of(groups, groups.by_name["w1:0"]))
     shown = run("sensitivity", "m.onnx", *DATA)
-    assert "conv1, conv2, fc1" in shown.stdout
+    assert "conv1, conv2 and 1 more" in shown.stdout
+    assert "fc1, fc2" in shown.stdout
     assert max(map(len, shown.stdout.splitlines())) <= 120
 
 

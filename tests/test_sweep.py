@@ -229,6 +229,7 @@ def test_a_killed_sweep_goes_on_and_does_nothing_twice(folder: Path) -> None:
     done, judged = times("s"), len((folder / "judged.txt").read_text())
     points = [p for p in done if "/points/" in p]
     assert 3 <= len(points) < POINTS
+    assert {Path(p).name for p in done if "learned" in p} >= {"l2.npz", "flap.npz"}
     assert judged - 1 - len(points) in (0, 1)  # the model as it is, finished points, and perhaps the one that was killed
     (folder / "judged.txt").unlink()
     one = swept(*args[4:])
