@@ -132,7 +132,7 @@ def _png(found: Sensitivity) -> bytes:
 def _label(group: GroupSensitivity) -> str:
     chief = main_layers(group.layers)
     first = shorten(chief[0].node if chief else group.name, 34).replace("$", r"\$")
-    return first + (f" and {len(chief) - 1} more" if len(chief) > 1 else "") + f", {group.size}"
+    return first + (f" and {len(chief) - 1} more" if len(chief) > 1 else "") + f", {group.size} channels"
 
 
 WRITERS: Mapping[str, Callable[[Sensitivity], bytes]] = {".csv": _csv, ".json": _json, ".png": _png}
