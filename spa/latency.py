@@ -15,7 +15,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -74,10 +74,6 @@ class LatencyModel:
     def seconds(self, widths: Array) -> Array:
         """(candidates,) for (candidates, groups) widths."""
         return np.asarray(_sums(self._features.of(widths), self._weights) @ np.array(self.scale))
-
-    def corrected(self, factor: float) -> LatencyModel:
-        """The same, corrected by what a pruned model really took."""
-        return replace(self, scale=(self.scale[0] * factor, self.scale[1] * factor))
 
 
 class _Features:

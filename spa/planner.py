@@ -7,26 +7,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from spa.allocate import WAYS, Allocation, Costs, Problem, allocate, check_possible
+from spa.allocate import WAYS, Allocation
 from spa.analysis import Analysis, evidence_for
 from spa.budget import EXACT, Target, amount, read_targets
-from spa.choose import NORMALIZATIONS, Space, lowest
-from spa.costs import CostModel
+from spa.choose import Space, lowest
 from spa.cutting import cut
 from spa.engines import find
 from spa.errors import BadOption
 from spa.evidence import Evidence
 from spa.feeds import Feeds, one_sample
-from spa.groups import Groups
 from spa.latency import LatencyModel, latency_model, paired_seconds, with_latency
 from spa.metrics import METRICS, find_metric
+from spa.problems import decide, score_losses, static_costs
 from spa.prove import runnable
 from spa.quality import Judge, automatic, first, judge, measured_losses, split
 from spa.repair import RepairOptions
@@ -40,7 +39,7 @@ Array = NDArray[np.float64]
 TRIES = 8  # prunings that the search for --max-drop makes
 MEASURED = 128  # samples that losses of groups are measured on, and fitted on for that
 ESTIMATE = "obspa-greedy"  # its scores are errors that are left after repair
-CORRECTIONS = 5  # times that a latency table is corrected by what came out
+CORRECTIONS = 8  # plans that are timed until one meets a latency
 CLOSE = 0.05  # of a latency target: how far below counts as reached
 TIME_LIMIT = 300.0  # seconds for measuring losses
 
@@ -156,25 +155,34 @@ class Planner:
             return self._allocated(targets)
         table = self._latency()
         wanted = next(t for t in targets if t.kind == "latency")
-        limit = wanted.limit(table.dense)
-        fixed = [Target("latency", limit, False) if t is wanted else t for t in targets]  # a share is of what was measured
-        best: tuple[Allocation, tuple[float, float]] | None = None
+        limit = asked = wanted.limit(table.dense)
+        best: tuple[Allocation, float] | None = None
+        taken, fits, fails = np.inf, 0.0, np.inf  # what was asked of the table: the most that held, the least that did not
         for _ in range(CORRECTIONS):
-            found = self._allocated(fixed)
-            model = cut(self.analysis, lowest(self.groups, self.scores, found.widths)).model
-            with self.stage("timing"):
-                dense, small = paired_seconds(self.engine, self.analysis.given, model, self._feeds(), threads=self.budget.threads)
-            taken = small * (table.dense / dense if wanted.relative else 1.0)  # of a share, only the ratio of the two counts
-            if taken <= limit * (1 + EXACT) and (best is None or taken > best[1][1]):
-                best = found, (found.costs["latency"], taken)
-            if limit * (1 - CLOSE) <= taken <= limit * (1 + EXACT) or not found.costs["latency"]:
-                break
-            self._table = self._latency().corrected(taken / found.costs["latency"])
+            found = self._allocated([Target("latency", asked, False) if t is wanted else t for t in targets])
+            taken = self._taken(found, table.dense if wanted.relative else None)
+            if taken <= limit * (1 + EXACT):
+                fits = max(fits, asked)
+                best = (found, taken) if best is None or taken > best[1] else best
+                if taken >= limit * (1 - CLOSE):
+                    break
+            else:
+                fails = min(fails, asked)
+            asked *= 0.99 * limit / taken
+            if not fits < asked < fails:
+                asked = (fits + fails) / 2 if fails < np.inf else (fits + limit * fits / taken) / 2
         if best is None:
             raise BadOption(f"--target latency: {amount('latency', limit)} was not reached: the nearest took {amount('latency', taken)} on "
                             f"{self.engine.name}. Ask for more, or let more shrink (--multiple-of 1).")  # fmt: skip
-        self.timing = best[1]
-        return best[0]
+        self.timing = best[0].costs["latency"], best[1]
+        return replace(best[0], limits={**best[0].limits, "latency": limit})
+
+    def _taken(self, found: Allocation, dense: float | None) -> float:
+        """Measured seconds of an allocation; of a share only the ratio to the dense model counts, times its `dense` seconds."""
+        model = cut(self.analysis, lowest(self.groups, self.scores, found.widths)).model
+        with self.stage("timing"):
+            whole, small = paired_seconds(self.engine, self.analysis.given, model, self._feeds(), threads=self.budget.threads)
+        return small if dense is None else small * dense / whole
 
     def _latency(self) -> LatencyModel:
         if self._table is None:
@@ -357,57 +365,3 @@ def _judge(analysis: Analysis, budget: Budget, held: Evidence | None) -> Judge:
         if held.noise:
             raise BadOption(f"--metric {metric.name} says nothing on made-up data ({held.name}): give real ones with --evaluate.")
     return judge(analysis.normal.model, metric, held or Evidence("nothing", (), analysis.normal.model, False), output=budget.output)
-
-
-def score_losses(space: Space, scores: Scores, normalize: str) -> list[Array]:
-    """Loss on each rung of each group's ladder: the sum of the scores that go, made comparable between groups."""
-    found = []
-    for group in space.chosen:
-        ordered = np.sort(NORMALIZATIONS[normalize](scores.values[group.coordinates]))
-        lost = np.concatenate([[0.0], np.cumsum(ordered - min(ordered[0], 0.0))])
-        found.append(lost[group.size - space.ladder(group)])
-    return found
-
-
-def even_losses(space: Space) -> list[Array]:
-    """Losses that spread a removal evenly: the square of the share that goes, times the size."""
-    return [((1 - space.ladder(g) / g.size) ** 2) * g.size for g in space.chosen]
-
-
-def decide(groups: Groups, space: Space, costs: Costs, targets: Sequence[Target], *, way: str, losses: Sequence[Array]) -> Allocation:
-    """Widths that meet the targets; see `spa.allocate.allocate` for the ways. Raises BadOption for what is impossible."""
-    dense = np.array([g.size for g in groups.groups], np.float64)
-    whole = costs(dense[None])
-    limits = {t.kind: t.limit(float(whole[t.kind][0])) for t in targets}
-    if all(limit >= whole[kind][0] for kind, limit in limits.items()):
-        found = ", ".join(f"{kind} {amount(kind, float(whole[kind][0]))}" for kind in limits)
-        raise BadOption(f"The model is within the target already ({found}): there is nothing to prune for it.")
-    ladders = tuple(space.ladder(g) for g in space.chosen)
-    chosen = tuple(g.index for g in space.chosen)
-    problem = Problem(dense, chosen, ladders, tuple(even_losses(space) if way == "uniform" else losses), costs, limits)
-    check_possible(problem)
-    return allocate(problem, way, _evenly(space, ladders))
-
-
-def _evenly(space: Space, ladders: Sequence[NDArray[np.int64]]) -> Callable[[float], NDArray[np.int64]]:
-    """Rungs on which every group loses a share, groups with a ratio of their own in proportion to it."""
-    own = [space.wanted[g.index] for g in space.chosen]
-    most = max(own, default=1.0) or 1.0
-
-    def even(share: float) -> NDArray[np.int64]:
-        kept = [space.kept(g, g.size * (1 - share * w / most)) for g, w in zip(space.chosen, own, strict=True)]
-        return np.array([int(np.searchsorted(x, k)) for x, k in zip(ladders, kept, strict=True)], np.int64)
-
-    return even
-
-
-def static_costs(groups: Groups, file_bytes: int) -> Costs:
-    """Costs that are known without a run: macs, params, size, memory. `file_bytes`: of the model as it is."""
-    model = CostModel(groups)
-    overhead = int(file_bytes - model.costs(model.dense[None])["size"][0])
-
-    def costs(widths: Array) -> Mapping[str, Array]:
-        found = dict(model.costs(widths))
-        return found | {"size": found["size"] + overhead}
-
-    return costs

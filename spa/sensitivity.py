@@ -16,8 +16,8 @@ from spa.engines import find
 from spa.errors import BadOption, NothingToPrune
 from spa.experiment import Experiment, Lab, opened, repair_of
 from spa.groups import Group, Groups
-from spa.planner import static_costs
 from spa.points import grid
+from spa.problems import static_costs
 from spa.repair_options import RepairOptions
 from spa.score import Scores
 from spa.stages import Stage, quiet

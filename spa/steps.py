@@ -22,7 +22,8 @@ from spa.evidence import Evidence, adapted
 from spa.feeds import one_sample
 from spa.latency import paired_seconds
 from spa.plan import make_plan, mask_of
-from spa.planner import Budget, quality_of, static_costs
+from spa.planner import Budget, quality_of
+from spa.problems import static_costs
 from spa.prove import runnable
 
 if TYPE_CHECKING:

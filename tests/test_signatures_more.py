@@ -368,7 +368,8 @@ def test_quantised_weights_are_weights() -> None:
       vf = DequantizeLinear<axis=0>(w2, s2, z2) y = Gemm<transB=1>(r, vf)"""
     rng = np.random.default_rng(0)
     model = net("float[n,6] x -> float[n,4] y", body, w1=rng.integers(-127, 127, (8, 6)).astype(np.int8), s1=np.array(0.01, np.float32),
-                z1=np.array(0, np.int8), b1=rng.integers(-9, 9, 8).astype(np.int32), sb=np.array([0.001], np.float32), zb=np.array(0, np.int32),
+                z1=np.array(0, np.int8),
+                b1=rng.integers(-9, 9, 8).astype(np.int32), sb=np.array([0.001], np.float32), zb=np.array(0, np.int32),
                 w2=rng.integers(-127, 127, (4, 8)).astype(np.int8), s2=np.full(4, 0.02, np.float32), z2=np.zeros(4, np.int8))  # fmt: skip
     result = spa.prune(model, 0.5, multiple_of=1)
     assert result.plan.groups["w1:0"]["size"] == 8

@@ -149,6 +149,12 @@ def test_a_repaired_point_is_what_apply_repairs(folder: Path) -> None:
     assert repaired < plain
 
 
+def test_a_part_of_the_data_is_held_out(folder: Path) -> None:
+    point = swept("--ratio", "0.5", *DATA, "--criterion", "flap")["points"][0]
+    assert json.loads((folder / "s" / point["plan"]).read_text())["options"]["samples"] == 32  # the first batch
+    assert json.loads((folder / "s/settings.json").read_text())["dense"]["samples"] == 28
+
+
 def test_plans_are_those_of_spa_plan(folder: Path) -> None:
     """Scores and losses that points share change nothing."""
     points = swept(*GRID, *DATA, "--evaluate", "d.npz")["points"]
