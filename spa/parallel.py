@@ -6,6 +6,9 @@ A task is a function of an experiment and of what differs; the function must be 
 from __future__ import annotations
 
 import logging
+import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,6 +16,7 @@ from spa.errors import BadOption, SpaError
 from spa.share import cores, keep_to, threads_each
 
 BACKENDS = ("loky", "ray")
+WATCH = "spa-watch"  # a worker's thread
 Task = tuple[Any, ...]
 
 
@@ -52,9 +56,23 @@ def run(
     threads = threads_each(count)
     workers = Parallel(n_jobs=count, backend="loky", return_as="generator_unordered", batch_size=1, inner_max_num_threads=threads)
     try:
-        yield from workers(delayed(_numbered)(i, threads, function, common, task) for i, task in enumerate(tasks))
+        yield from workers(delayed(_beside)(os.getpid(), i, threads, function, common, task) for i, task in enumerate(tasks))
     except TerminatedWorkerError as error:
         raise SpaError("A worker died, probably for want of memory: give fewer --jobs; what is finished is kept.") from error
+
+
+def _beside(parent: int, number: int, threads: int, function: Callable[..., Any], common: Any, task: Task) -> tuple[int, Any]:
+    """Runs in a worker of this machine."""
+    if not any(t.name == WATCH for t in threading.enumerate()):
+        threading.Thread(target=_end_with, args=(parent,), name=WATCH, daemon=True).start()
+    return _numbered(number, threads, function, common, task)
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process when the one that started it is gone: killed, it could not say so, and its workers would work on for nobody."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def _numbered(number: int, threads: int, function: Callable[..., Any], common: Any, task: Task) -> tuple[int, Any]:

@@ -167,6 +167,9 @@ def test_plans_are_those_of_spa_plan(folder: Path) -> None:
         one, other = (json.loads(Path(f).read_text()) for f in ("p.json", f"s/{point['plan']}"))
         assert one["groups"] == other["groups"]
         assert one["removed"] == other["removed"]
+        if point["target"] is not None:
+            assert one["options"]["budget"]["losses"] == other["options"]["budget"]["losses"]
+            assert ("measured at" in other["options"]["budget"]["losses"]) == (point["allocation"] == "solver")
 
 
 def test_tables_and_csv(folder: Path) -> None:
@@ -373,6 +376,7 @@ def test_bad_options(folder: Path, args: tuple[str, ...], says: str) -> None:
 def test_quality_needs_data(folder: Path) -> None:
     refused(folder, "sweep", "m.onnx", "-o", "s", says="there are no data")
     refused(folder, "sweep", "m.onnx", "-o", "s", "--calibration", "none", says="made up")
+    refused(folder, "sweep", "m.onnx", "-o", "s", "--calibration", "d.npz", "--evaluate", "none", says="made up")
     refused(folder, "sweep", "m.onnx", "-o", "s", "--repair", "obspa", "--evaluate", "d.npz", says="--calibration")
     refused(folder, "sweep", "m.onnx", "-o", "s", *DATA, "--metric", "accuracy", says="--labels")
     assert swept("--ratio", "0.5", "--evaluate", "d.npz", "--multiple-of", "1")["points"][0]["repair"] == "none"
@@ -423,6 +427,26 @@ def test_workers_share_the_cores() -> None:
     found = [threads for _, threads in parallel.run(_threads, None, [()] * 4, jobs=jobs)]
     assert all(1 <= threads <= share.cores() // jobs for threads in found)
     assert share.own_threads() == 0  # this process keeps them all
+
+
+@pytest.mark.skipif(share.cores() < 2, reason="one core")
+def test_workers_go_when_a_sweep_is_killed(folder: Path) -> None:
+    (folder / "slow.py").write_text(SLOW.replace("0.1", "1000 if os.path.exists('dense') else open('dense', 'w').close() or 0").replace(
+        "import time", "import os, time"))  # fmt: skip
+    args = ["sweep", "m.onnx", "-o", "s", "--ratio", "0.25,0.5", *DATA, "--metric", "slow:judge", "--jobs", "2"]
+    running = subprocess.Popen([sys.executable, "-m", "spa", *args], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    psutil = pytest.importorskip("psutil")
+    began = time.monotonic()
+    while not (folder / "judged.txt").exists() or len((folder / "judged.txt").read_text()) < 2:
+        assert running.poll() is None
+        assert time.monotonic() - began < 120
+        time.sleep(0.05)
+    workers = [p for p in psutil.Process(running.pid).children(recursive=True) if "popen_loky" in " ".join(p.cmdline())]
+    assert workers
+    running.kill()
+    running.wait()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive
 
 
 def test_without_ray_it_says_how_to_get_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
