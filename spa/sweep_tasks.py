@@ -51,8 +51,9 @@ def losses(experiment: Experiment, repair: str, found: Scores) -> Known | Failur
                           ratios=experiment.wishes["ratios"], normalize=experiment.wishes["normalize"])  # fmt: skip
         space = find_space(lab.analysis.groups, options, block=find(experiment.provider, "provider").block())
         # any target will do: which one it is plays no part in the losses
-        budget = Budget(("macs=0.5",), "solver", None, experiment.metric, lab.held, experiment.output, experiment.provider,
-                        experiment.threads, experiment.time_limit, repair_of(experiment, repair))  # fmt: skip
+        budget = Budget(("macs=0.5",), "solver", metric=experiment.metric, held=lab.held, output=experiment.output,
+                        provider=experiment.provider, threads=experiment.threads, time_limit=experiment.time_limit,
+                        repair=repair_of(experiment, repair))  # fmt: skip
         planner = Planner(lab.analysis, space, found, budget, lab.fit, normalize=options.normalize, seed=experiment.seed)
         return Known(found, planner.losses(), planner.measured)
     except Exception as error:  # as above
