@@ -8,6 +8,7 @@ The stages, each a function: `load`, `normalize`, `trace`, `find_groups`, `score
 
 from spa.api import Analysis, Result, analyze, apply, plan, prune
 from spa.bench import race
+from spa.budget import Budget
 from spa.check import Check, compare
 from spa.choose import Options, choose
 from spa.count import Counts, count
@@ -17,7 +18,6 @@ from spa.groups import Group, Groups, find_groups
 from spa.masking import masked
 from spa.normalize import normalize
 from spa.plan import Plan, load_plan, make_plan
-from spa.planner import Budget
 from spa.repair import Repaired, RepairOptions
 from spa.reporting import write_report
 from spa.rewrite import rewrite

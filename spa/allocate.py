@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, sparse
 
-from spa.budget import EXACT, amount
 from spa.errors import BadOption
+from spa.targets import EXACT, amount
 
 Array = NDArray[np.float64]
 Costs = Callable[[Array], Mapping[str, Array]]

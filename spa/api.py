@@ -13,6 +13,7 @@ from onnx import ModelProto
 from spa import check as checking
 from spa import criteria
 from spa.analysis import Analysis, Source, analyze, analyzed_for, evidence_for, opened
+from spa.budget import Budget, with_data
 from spa.check import Check
 from spa.choose import Options, choose, find_space
 from spa.count import Counts, count
@@ -23,7 +24,7 @@ from spa.evidence import Evidence
 from spa.feeds import Feeds
 from spa.groups import Groups
 from spa.plan import Plan, load_plan, make_plan, mask_of
-from spa.planner import Budget, Planner, with_data
+from spa.planner import Planner
 from spa.prove import check_shapes, failure, prove, runnable
 from spa.refine import refined
 from spa.repair import Repaired, RepairOptions

@@ -1,74 +1,123 @@
-"""Budgets: what a pruned model may cost, as a user writes it (`macs=0.5`, `params=2M`, `size=8MB`, `memory=64MB`, `latency=20ms`)."""
+"""Budgets: what a pruned model may cost and lose, and the data that it is judged on."""
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+import numpy as np
+
+from spa.allocate import WAYS
+from spa.analysis import Analysis, evidence_for
 from spa.errors import BadOption
-from spa.explain import near
+from spa.evidence import Evidence
+from spa.metrics import find_metric
+from spa.quality import Judge, TooFew, automatic, judge, split
+from spa.repair import RepairOptions
+from spa.stages import Stage, quiet
+from spa.store import Model
+from spa.targets import read_targets
 
-_COUNT = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
-_BYTES = {"B": 1.0, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30}
-_SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
-UNITS: Mapping[str, Mapping[str, float]] = {
-    "macs": _COUNT, "params": _COUNT, "size": _BYTES, "memory": _BYTES, "latency": _SECONDS,
-}  # fmt: skip
-EXAMPLES = {"macs": "macs=0.5 or macs=300M", "params": "params=2M", "size": "size=8MB", "memory": "memory=64MB", "latency": "latency=20ms"}
-EXACT = 0.02  # of a target: how near counts as reached
+TIME_LIMIT = 300.0  # seconds for measuring losses
 
 
 @dataclass(frozen=True)
-class Target:
-    """One limit. kind: a key of `UNITS`. value: MACs, parameters, bytes or seconds; or, if `relative`, a share of the dense model's."""
+class Budget:
+    """What a pruned model may cost and lose.
 
-    kind: str
-    value: float
-    relative: bool
+    target: such as "macs=0.5", "params=2M", "size=8MB", "memory=64MB", "latency=20ms", "latency=0.6x"; several are all met.
+    allocation: how widths are found: auto, uniform, global, sensitivity or solver. max_drop: of the metric, in its own unit (points of
+    accuracy). metric: a name of `spa.metrics.METRICS` or module:function. evaluate: data to judge on, as calibration takes them; by default
+    a quarter of the calibration data is held out. output: the name of the output that is looked at, by default the first. provider,
+    threads: what latency means. time_limit: seconds for measuring losses. repair: what pruned models get before they are judged. held,
+    probe: the data to judge on and to measure losses on as they were read, see `with_data`.
+    """
 
-    def limit(self, dense: float) -> float:
-        """The limit in the kind's own unit."""
-        return self.value * dense if self.relative else self.value
+    target: tuple[str, ...] = ()
+    allocation: str = "auto"
+    max_drop: float | None = None
+    metric: str | None = None
+    evaluate: Any = field(default=None, repr=False)
+    output: str | None = None
+    provider: str = "cpu"
+    threads: int = 0
+    time_limit: float = TIME_LIMIT
+    repair: RepairOptions | str = "none"
+    held: Evidence | None = field(default=None, repr=False)
+    probe: Evidence | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        read_targets(self.target)
+        if self.allocation not in WAYS:
+            raise BadOption(f"--allocation is {self.allocation!r}; the choice is: {', '.join(WAYS)}.")
+        if self.max_drop is not None and not 0 <= self.max_drop < np.inf:
+            raise BadOption(f"--max-drop is {self.max_drop}, but must be 0 or more: 1.0 allows one point of accuracy.")
+        if self.metric is not None:
+            find_metric(self.metric)
+        if not self.time_limit >= 0:
+            raise BadOption(f"--time-limit is {self.time_limit}, but must be 0 or more seconds.")
+
+    @property
+    def asks(self) -> bool:
+        """Whether there is any limit."""
+        return bool(self.target) or self.max_drop is not None
+
+    @property
+    def measures(self) -> bool:
+        """Whether losses of groups are measured where there are data."""
+        return self.asks and self.time_limit > 0 and self.allocation in ("auto", "sensitivity", "solver")
+
+    @property
+    def judges(self) -> bool:
+        """Whether pruned models are evaluated."""
+        return self.max_drop is not None or self.metric is not None or self.evaluate is not None
 
 
-def read_targets(texts: Sequence[str]) -> tuple[Target, ...]:
-    """Targets as the command line has them. Raises BadOption for what is no target, and for two of one kind."""
-    found = tuple(_target(t) for t in texts)
-    kinds = [t.kind for t in found]
-    for kind in kinds:
-        if kinds.count(kind) > 1:
-            raise BadOption(f"--target gives {kind} two limits ({', '.join(t for t in texts if t.startswith(kind))}): give one.")
-    return found
+def with_data(
+    analysis: Analysis, budget: Budget, evidence: Evidence | None, *, seed: int = 0, stage: Stage = quiet
+) -> tuple[Budget, Evidence | None]:
+    """The budget with data to judge on and to measure losses on, and the data that are left to fit on.
+
+    A quarter of the calibration data is held out to judge on where no others are given, and a quarter of what is left to measure losses on:
+    nothing that widths or weights were chosen by is judged on.
+    """
+    if budget.held is None:
+        if budget.evaluate is not None:
+            found = evidence_for(analysis, budget.evaluate, seed=seed, stage=stage)
+            budget = replace(budget, held=None if found is None else _labelled(found))
+        elif budget.judges and evidence is not None:
+            real = bool(evidence.batches) and not evidence.noise
+            evidence, held = split(evidence) if real else (evidence, evidence)
+            budget = replace(budget, held=_labelled(held))
+    if budget.probe is None and budget.measures and evidence is not None and evidence.batches and not evidence.noise:
+        with suppress(TooFew):
+            evidence, probe = split(evidence)
+            budget = replace(budget, probe=_labelled(probe))
+    return budget, evidence
 
 
-def _target(text: str) -> Target:
-    kind, equals, rest = text.partition("=")
-    if not equals or kind not in UNITS:
-        raise BadOption(f"--target {text!r}: there is no target {kind!r}{near(kind, UNITS)}; for example {', '.join(EXAMPLES.values())}.")
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*([A-Za-zµ%]*)\s*", rest)
-    if match is None:
-        raise BadOption(f"--target {text!r} gives no number, such as {EXAMPLES[kind]}.")
-    value, unit = float(match[1]), match[2]
-    share = unit in ("x", "%") or (unit == "" and value <= 1)
-    if share:
-        value /= 100 if unit == "%" else 1
-        if not 0 < value < 1:
-            raise BadOption(f"--target {text!r}: a share of the model as it is must lie between 0 and 1, both excluded.")
-        return Target(kind, value, True)
-    scale = UNITS[kind].get(unit)
-    if scale is None or not (math.isfinite(value) and value > 0):
-        known = ", ".join(u for u in UNITS[kind] if u)
-        raise BadOption(f"--target {text!r}: {kind} is given in {known}, or as a share such as {kind}=0.5.")
-    return Target(kind, value * scale, False)
+def _labelled(evidence: Evidence) -> Evidence:
+    """The same, without the name of labels that are not there."""
+    there = bool(evidence.batches) and evidence.labels in evidence.batches[0]
+    return evidence if there or evidence.labels is None else replace(evidence, labels=None)
 
 
-def amount(kind: str, value: float) -> str:
-    """A cost as people read it: 1.25 G, 8.3 MB, 12.1 ms."""
-    if kind == "latency":
-        return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms" if value >= 1e-3 else f"{value * 1e6:.3g} µs"
-    units = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
-    unit = max((u for u in units if value >= units[u]), key=lambda u: units[u], default="")
-    number = f"{value / units[unit]:.4g}"
-    return f"{number} {unit}B" if kind in ("size", "memory") else f"{number} {unit}".strip()
+def quality_of(analysis: Analysis, budget: Budget, model: Model) -> dict[str, Any]:
+    """What a plan records of a pruned model's quality; empty where nothing is asked."""
+    if not budget.judges:
+        return {}
+    held = budget.held
+    judged = judge_of(analysis, budget, held)
+    return {"quality": {judged.metric.name: [judged.value, judged(model)]}, "evaluated": None if held is None else held.samples}
+
+
+def judge_of(analysis: Analysis, budget: Budget, held: Evidence | None) -> Judge:
+    """What evaluates pruned models by the metric that was asked for. Raises BadOption where there are no data for it."""
+    metric = find_metric(budget.metric) if budget.metric else automatic(None, None if held is None else held.labels)
+    if metric.whole is None:
+        if held is None:
+            raise BadOption(f"--max-drop and --metric {metric.name} compare outputs on data: give some with --calibration or --evaluate.")
+        if held.noise:
+            raise BadOption(f"--metric {metric.name} says nothing on made-up data ({held.name}): give real ones with --evaluate.")
+    return judge(analysis.normal.model, metric, held or Evidence("nothing", (), analysis.normal.model, False), output=budget.output)

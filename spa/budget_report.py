@@ -9,8 +9,8 @@ from rich.console import Group as Lines
 from rich.console import RenderableType
 from rich.text import Text
 
-from spa.budget import EXACT, amount
 from spa.report import percent, printable, table
+from spa.targets import EXACT, amount
 
 NAMES = {"macs": "MACs", "params": "parameters", "size": "file size", "memory": "peak activations", "latency": "latency (predicted)"}
 
@@ -32,6 +32,8 @@ def budget(record: Mapping[str, Any]) -> RenderableType:
     how = f"widths by {record['allocation']}, losses {record['losses']}"
     if record.get("evaluated"):
         how += f"; quality on {record['evaluated']} samples that nothing was fitted on"
+    if record.get("compared"):
+        how += "; lost on held-out data: " + ", ".join(f"{way} {value:.3g}" for way, value in record["compared"].items())
     return Lines(table("Budget", ["", ">before", ">limit", ">after", ">", ">"], rows, limit=None), Text(f"  {how}", style="dim"))
 
 

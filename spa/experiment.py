@@ -21,13 +21,13 @@ import numpy as np
 
 from spa import criteria
 from spa.analysis import Analysis, analyze, evidence_for
+from spa.budget import TIME_LIMIT
 from spa.check import TOLERANCE
 from spa.count import Counts, count
 from spa.errors import BadOption, UnsupportedModel
 from spa.evidence import Evidence, adapted
 from spa.feeds import Feeds
 from spa.metrics import find_metric
-from spa.planner import TIME_LIMIT
 from spa.quality import Judge, automatic, judge, split
 from spa.repair_options import RepairOptions
 from spa.stages import Stage, quiet

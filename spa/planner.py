@@ -8,15 +8,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from spa.allocate import WAYS, Allocation
-from spa.analysis import Analysis, evidence_for
-from spa.budget import EXACT, Target, amount, read_targets
+from spa.allocate import Allocation
+from spa.analysis import Analysis
+from spa.budget import Budget, judge_of
 from spa.choose import Space, lowest
 from spa.cutting import cut
 from spa.engines import find
@@ -24,14 +24,14 @@ from spa.errors import BadOption
 from spa.evidence import Evidence
 from spa.feeds import Feeds, one_sample
 from spa.latency import LatencyModel, latency_model, paired_seconds, with_latency
-from spa.metrics import METRICS, find_metric
+from spa.metrics import METRICS
 from spa.problems import decide, score_losses, static_costs
 from spa.prove import runnable
-from spa.quality import Judge, automatic, first, judge, measured_losses, split
-from spa.repair import RepairOptions
+from spa.quality import Judge, first, judge, measured_losses
 from spa.score import Known, Scores, score
 from spa.stages import Stage, quiet
 from spa.store import Model
+from spa.targets import EXACT, Target, amount, read_targets
 from spa.views import Data
 
 Array = NDArray[np.float64]
@@ -41,58 +41,7 @@ MEASURED = 128  # samples that losses of groups are measured on, and fitted on f
 ESTIMATE = "obspa-greedy"  # its scores are errors that are left after repair
 CORRECTIONS = 8  # plans that are timed until one meets a latency
 CLOSE = 0.05  # of a latency target: how far below counts as reached
-TIME_LIMIT = 300.0  # seconds for measuring losses
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a pruned model may cost and lose.
-
-    target: such as "macs=0.5", "params=2M", "size=8MB", "memory=64MB", "latency=20ms", "latency=0.6x"; several are all met.
-    allocation: how widths are found: auto, uniform, global, sensitivity or solver. max_drop: of the metric, in its own unit (points of
-    accuracy). metric: a name of `spa.metrics.METRICS` or module:function. evaluate: data to judge on, as calibration takes them; by default
-    a quarter of the calibration data is held out. output: the name of the output that is looked at, by default the first. provider,
-    threads: what latency means. time_limit: seconds for measuring losses. repair: what pruned models get before they are judged. held: the
-    data to judge on as they were read, see `with_data`.
-    """
-
-    target: tuple[str, ...] = ()
-    allocation: str = "auto"
-    max_drop: float | None = None
-    metric: str | None = None
-    evaluate: Any = field(default=None, repr=False)
-    output: str | None = None
-    provider: str = "cpu"
-    threads: int = 0
-    time_limit: float = TIME_LIMIT
-    repair: RepairOptions | str = "none"
-    held: Evidence | None = field(default=None, repr=False)
-
-    def __post_init__(self) -> None:
-        read_targets(self.target)
-        if self.allocation not in WAYS:
-            raise BadOption(f"--allocation is {self.allocation!r}; the choice is: {', '.join(WAYS)}.")
-        if self.max_drop is not None and not 0 <= self.max_drop < np.inf:
-            raise BadOption(f"--max-drop is {self.max_drop}, but must be 0 or more: 1.0 allows one point of accuracy.")
-        if self.metric is not None:
-            find_metric(self.metric)
-        if not self.time_limit >= 0:
-            raise BadOption(f"--time-limit is {self.time_limit}, but must be 0 or more seconds.")
-
-    @property
-    def asks(self) -> bool:
-        """Whether there is any limit."""
-        return bool(self.target) or self.max_drop is not None
-
-    @property
-    def measures(self) -> bool:
-        """Whether losses of groups are measured where there are data."""
-        return self.asks and self.time_limit > 0 and self.allocation in ("auto", "sensitivity", "solver")
-
-    @property
-    def judges(self) -> bool:
-        """Whether pruned models are evaluated."""
-        return self.max_drop is not None or self.metric is not None or self.evaluate is not None
+MEASURED_LOSSES, ESTIMATES = "measured", "estimated from errors of layers after repair"
 
 
 @dataclass(frozen=True)
@@ -112,14 +61,15 @@ class Planner:
         self, analysis: Analysis, space: Space, scores: Scores, budget: Budget, evidence: Evidence | None, *, normalize: str = "mean",
         seed: int = 0, known: Known | None = None, stage: Stage = quiet,
     ) -> None:  # fmt: skip
-        """`evidence` is what repairs are fitted on; `budget.evaluate` what is judged on, read already (see `with_data`).
+        """`evidence` is what repairs are fitted on; `budget.held` what is judged on, `budget.probe` what losses are measured on (see
+        `with_data`).
 
         `known`: what another planner of the same model, scores and data found out.
         """
         self.analysis, self.space, self.scores, self.budget = analysis, space, scores, budget
         self.seed, self.stage = seed, stage
         self.groups = analysis.groups
-        self.fit, self.held = evidence, budget.held
+        self.fit, self.held, self.probe = evidence, budget.held, budget.probe or budget.held
         self.costs = static_costs(self.groups, analysis.given.nbytes)
         self.targets = read_targets(budget.target)
         self._scored = score_losses(space, scores, normalize)
@@ -128,6 +78,10 @@ class Planner:
         self._table: LatencyModel | None = None
         self.timing: tuple[float, float] | None = None  # predicted and measured seconds of what was found
         self._judge: Judge | None = None
+        self._probes: dict[int | None, Judge] = {}  # by how many samples
+        self._way: tuple[str, str] | None = None  # that auto has settled on: way, and kind of losses
+        self._source = ""  # of the losses that decided, for people
+        self.tried: dict[str, float] = {}  # ways that auto compared -> what they lost on the probe
         self._losses = None if known is None else known.losses
         self.measured = 0 if known is None else known.measured
 
@@ -179,7 +133,7 @@ class Planner:
 
     def _taken(self, found: Allocation, dense: float | None) -> float:
         """Measured seconds of an allocation; of a share only the ratio to the dense model counts, times its `dense` seconds."""
-        model = cut(self.analysis, lowest(self.groups, self.scores, found.widths)).model
+        model = cut(self.analysis, self._gone(found)).model
         with self.stage("timing"):
             whole, small = paired_seconds(self.engine, self.analysis.given, model, self._feeds(), threads=self.budget.threads)
         return small if dense is None else small * dense / whole
@@ -195,21 +149,57 @@ class Planner:
         return one_sample(traced, runnable(self.analysis.normal.model, traced, seed=self.seed))
 
     def _allocated(self, targets: Sequence[Target]) -> Allocation:
-        way = self.budget.allocation
-        if way == "auto":  # scores of weights say which channels of a group to remove, but weigh groups badly
-            way = "solver" if self.fit is not None and self.fit.batches else "uniform"
-        losses = self._scored if way in ("uniform", "global") else self.losses()
+        """An allocation that meets the targets as the table of latencies, if it is among them, has them."""
+        if self.budget.allocation != "auto":
+            return self._by(self.budget.allocation, MEASURED_LOSSES, targets)
+        if self.fit is None or not self.fit.batches:  # scores of weights say which channels of a group to remove, but weigh groups badly
+            return self._by("uniform", "", targets)
+        if not self._measures():
+            return self._by("solver", ESTIMATES, targets)
+        if self._way is not None:
+            return self._by(*self._way, targets)
+        return self._best(targets)
+
+    def _best(self, targets: Sequence[Target]) -> Allocation:
+        """Of several ways the one that loses least on the probe: losses measured one group at a time mislead where much goes."""
+        found: dict[tuple[str, str], Allocation] = {}
+        sources = {}
+        for way in (("solver", MEASURED_LOSSES), ("solver", ESTIMATES), ("uniform", "")):
+            made = self._by(*way, targets)
+            if not any(made.widths == other.widths for other in found.values()):
+                found[way], sources[way] = made, self._source
+        with self.stage("comparing allocations"):
+            lost = {way: self._loss_on_probe(self._cut(self._gone(a))) for way, a in found.items()}
+        self.tried = {" by ".join(filter(None, way)): value for way, value in lost.items()}
+        best = min(lost, key=lambda w: lost[w])
+        if any(t.kind == "latency" for t in targets):
+            self._way = best  # what is asked of the table changes a little from plan to plan, which needs no comparison
+        self._source = sources[best]
+        return found[best]
+
+    def _by(self, way: str, kind: str, targets: Sequence[Target]) -> Allocation:
+        losses = self._scored if way in ("uniform", "global") else self.estimates() if kind == ESTIMATES else self.losses()
+        self._source = "not looked at" if way == "uniform" else "from scores" if losses is self._scored else self._kind(losses)
         costs = with_latency(self.costs, self._latency()) if any(t.kind == "latency" for t in targets) else self.costs
         with self.stage("choosing widths"):
             return decide(self.groups, self.space, costs, targets, way=way, losses=losses)
 
+    def _kind(self, losses: Sequence[Array]) -> str:
+        return ESTIMATES if losses is self._estimated else f"{MEASURED_LOSSES} at {self.measured} widths"
+
+    def _measures(self) -> bool:
+        return self.probe is not None and not self.probe.noise and self.budget.measures
+
+    def _gone(self, found: Allocation) -> NDArray[np.bool_]:
+        return lowest(self.groups, self.scores, found.widths)
+
     def losses(self) -> Sequence[Array]:
         """Loss on each rung: measured where there are data and time, else estimated, else the sum of the scores that go."""
         if self._losses is None:
-            if self.held is None or self.held.noise or not self.budget.measures:
-                self._losses = self.estimates()
-            else:
+            if self._measures():
                 self._losses, self.measured = self._measure()
+            else:
+                self._losses = self.estimates()
         return self._losses
 
     def estimates(self) -> Sequence[Array]:
@@ -226,20 +216,25 @@ class Planner:
         return self._estimated
 
     def _measure(self) -> tuple[Sequence[Array], int]:
-        assert self.held is not None
-        name = self.budget.metric or ""
-        chosen = METRICS["kl" if name in ("accuracy", "top5", "agreement", "kl", "perplexity") else "error"]
-        judged = judge(self.analysis.normal.model, chosen, first(self.held, MEASURED), output=self.budget.output)
         fit = None if self.fit is None else first(self.fit, MEASURED)
         ladders = [self.space.ladder(g) for g in self.space.chosen]
 
         def loss(position: int, width: int) -> float:
             gone = lowest(self.groups, self.scores, {self.space.chosen[position].index: width})
-            return judged.drop(cut(self.analysis, gone, repair=self.budget.repair, calibration=fit, seed=self.seed).model)
+            return self._loss_on_probe(cut(self.analysis, gone, repair=self.budget.repair, calibration=fit, seed=self.seed).model, MEASURED)
 
         guesses = self.estimates()
         with self.stage("measuring losses"):
             return measured_losses(ladders, loss, guesses=guesses, seconds=self.budget.time_limit)
+
+    def _loss_on_probe(self, model: Model, samples: int | None = None) -> float:
+        """Distance to the dense outputs: of probabilities where the metric is about classes, else of the outputs themselves."""
+        if samples not in self._probes:
+            assert self.probe is not None
+            chosen = METRICS["kl" if self.budget.metric in ("accuracy", "top5", "agreement", "kl", "perplexity") else "error"]
+            data = self.probe if samples is None else first(self.probe, samples)
+            self._probes[samples] = judge(self.analysis.normal.model, chosen, data, output=self.budget.output)
+        return self._probes[samples].drop(model)
 
     # ------------------------------------------------------------------ quality
 
@@ -247,12 +242,12 @@ class Planner:
         """What evaluates pruned models by the metric that was asked for. Raises BadOption where there are no data for it."""
         if self._judge is None:
             with self.stage("evaluating"):
-                self._judge = _judge(self.analysis, self.budget, self.held)
+                self._judge = judge_of(self.analysis, self.budget, self.held)
         return self._judge
 
     def _quality(self, found: Allocation) -> float:
         judged = self.judge()
-        model = self._cut(lowest(self.groups, self.scores, found.widths))
+        model = self._cut(self._gone(found))
         with self.stage("evaluating"):
             return judged(model)
 
@@ -297,19 +292,11 @@ class Planner:
     def _cut(self, gone: NDArray[np.bool_]) -> Model:
         return cut(self.analysis, gone, repair=self.budget.repair, calibration=self.fit, seed=self.seed).model
 
-    def _source(self, way: str) -> str:
-        """Where the losses came from, for people."""
-        if way == "uniform":
-            return "not looked at"
-        if way == "global" or self._losses is self._scored:
-            return "from scores"
-        return f"measured at {self.measured} widths" if self.measured else "estimated from errors of layers after repair"
-
     def _decision(self, found: Allocation, value: float | None) -> Decision:
         quality = {} if value is None else {self.judge().metric.name: (self.judge().value, value)}
         record: dict[str, Any] = {
             "target": list(self.budget.target), "max_drop": self.budget.max_drop, "allocation": found.way,
-            "losses": self._source(found.way),
+            "losses": self._source, "compared": dict(self.tried),
             "costs": {k: [found.dense[k], found.costs[k], found.limits.get(k)] for k in found.costs},
             "quality": {k: list(v) for k, v in quality.items()},
         }  # fmt: skip
@@ -323,45 +310,4 @@ class Planner:
             }  # fmt: skip
         if quality:
             record["evaluated"] = self.held.samples if self.held is not None else None
-        return Decision(lowest(self.groups, self.scores, found.widths), found, quality, record)
-
-
-def with_data(
-    analysis: Analysis, budget: Budget, evidence: Evidence | None, *, seed: int = 0, stage: Stage = quiet
-) -> tuple[Budget, Evidence | None]:
-    """The budget with data to judge on, and the data that are left to fit on: a quarter is held out where no others are given."""
-    if budget.held is not None:
-        return budget, evidence
-    if budget.evaluate is not None:
-        found = evidence_for(analysis, budget.evaluate, seed=seed, stage=stage)
-        return replace(budget, held=None if found is None else _labelled(found)), evidence
-    if evidence is None or not evidence.batches or evidence.noise or not (budget.judges or budget.measures):
-        return replace(budget, held=evidence if budget.judges else None), evidence
-    fit, held = split(evidence)
-    return replace(budget, held=_labelled(held)), fit
-
-
-def _labelled(evidence: Evidence) -> Evidence:
-    """The same, without the name of labels that are not there."""
-    there = bool(evidence.batches) and evidence.labels in evidence.batches[0]
-    return evidence if there or evidence.labels is None else replace(evidence, labels=None)
-
-
-def quality_of(analysis: Analysis, budget: Budget, model: Model) -> dict[str, Any]:
-    """What a plan records of a pruned model's quality; empty where nothing is asked."""
-    if not budget.judges:
-        return {}
-    held = budget.held
-    judged = _judge(analysis, budget, held)
-    return {"quality": {judged.metric.name: [judged.value, judged(model)]}, "evaluated": None if held is None else held.samples}
-
-
-def _judge(analysis: Analysis, budget: Budget, held: Evidence | None) -> Judge:
-    """What evaluates pruned models by the metric that was asked for. Raises BadOption where there are no data for it."""
-    metric = find_metric(budget.metric) if budget.metric else automatic(None, None if held is None else held.labels)
-    if metric.whole is None:
-        if held is None:
-            raise BadOption(f"--max-drop and --metric {metric.name} compare outputs on data: give some with --calibration or --evaluate.")
-        if held.noise:
-            raise BadOption(f"--metric {metric.name} says nothing on made-up data ({held.name}): give real ones with --evaluate.")
-    return judge(analysis.normal.model, metric, held or Evidence("nothing", (), analysis.normal.model, False), output=budget.output)
+        return Decision(self._gone(found), found, quality, record)

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from spa import criteria
 from spa.allocate import WAYS
-from spa.budget import read_targets
 from spa.choose import SCOPES, Options
 from spa.errors import BadOption
 from spa.explain import near
 from spa.pareto import pareto
 from spa.repair_options import METHODS
+from spa.targets import read_targets
 
 COSTS: Mapping[str, str] = {
     "macs": "MACs", "params": "parameters", "size": "file size", "memory": "peak activations", "latency": "latency",

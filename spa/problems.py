@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spa.allocate import Allocation, Costs, Problem, allocate, check_possible
-from spa.budget import Target, amount
 from spa.choose import NORMALIZATIONS, Space
 from spa.costs import CostModel
 from spa.errors import BadOption
 from spa.groups import Groups
 from spa.score import Scores
+from spa.targets import Target, amount
 
 Array = NDArray[np.float64]
 

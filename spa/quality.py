@@ -22,6 +22,10 @@ HELD = 0.25  # of the batches, where no data to evaluate on are given
 RUNGS = 5  # widths of a group that are measured at most; those between are interpolated
 
 
+class TooFew(BadOption):
+    """There are too few samples to hold any out."""
+
+
 class Network:
     """A model on ONNX Runtime's CPU provider, as metrics want it."""
 
@@ -83,7 +87,7 @@ def split(evidence: Evidence) -> tuple[Evidence, Evidence]:
     rows = {n: len(v) for n, v in batches[0].items() if v.ndim} if batches else {}
     size = min(rows.values(), default=0)
     if size < 4 or len(set(rows.values())) > 1:
-        raise BadOption("There are too few calibration data to hold some out for --metric: give more, or others with --evaluate.")
+        raise TooFew("There are too few calibration data to hold some out for --metric: give more, or others with --evaluate.")
     cut = size - max(1, round(HELD * size))
     return (replace(evidence, batches=[{n: v[:cut] for n, v in batches[0].items()}]),
             replace(evidence, batches=[{n: v[cut:] for n, v in batches[0].items()}]))  # fmt: skip

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spa.analysis import Analysis, analyze
-from spa.budget import Target, read_targets
+from spa.budget import Budget, quality_of
 from spa.count import count
 from spa.engines import find
 from spa.errors import BadOption, NothingToPrune, SpaError
@@ -22,9 +22,9 @@ from spa.evidence import Evidence, adapted
 from spa.feeds import one_sample
 from spa.latency import paired_seconds
 from spa.plan import make_plan, mask_of
-from spa.planner import Budget, quality_of
 from spa.problems import static_costs
 from spa.prove import runnable
+from spa.targets import Target, read_targets
 
 if TYPE_CHECKING:
     from spa.api import Result
@@ -56,7 +56,8 @@ def prune_in_steps(
     result: Result | None = None
     for number in range(1, steps + 1):
         limits = _limits(budget, shares, number, steps)
-        asked = replace(budget, metric=None, evaluate=None, held=_on(budget.held, current), target=limits)
+        asked = replace(budget, metric=None, evaluate=None, held=_on(budget.held, current),
+                        probe=_on(budget.probe, current), target=limits)
         data = _on(evidence, current)
         try:
             own = {} if budget.asks or not local else _own_ratios(analysis, current, (1 - share) ** number)

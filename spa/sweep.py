@@ -20,6 +20,7 @@ import onnxruntime
 from spa import experiment, parallel, sweep_tasks
 from spa.analysis import Analysis, Source
 from spa.bench import check_timed, race
+from spa.budget import TIME_LIMIT, Budget
 from spa.check import TOLERANCE
 from spa.choose import Options
 from spa.cutting import cut
@@ -28,7 +29,6 @@ from spa.errors import BadFile, BadOption
 from spa.experiment import Lab
 from spa.feeds import one_sample
 from spa.plan import load_plan, mask_of
-from spa.planner import TIME_LIMIT, Budget
 from spa.points import Point, Setting, Sweep, Timing, grid
 from spa.prove import runnable
 from spa.repair_options import RepairOptions

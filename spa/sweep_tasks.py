@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from spa import api
+from spa.budget import Budget
 from spa.choose import Options, find_space
 from spa.engines import find
 from spa.errors import SpaError
 from spa.experiment import Experiment, Lab, costs_of, opened, repair_of, saved_bytes
-from spa.planner import Budget, Planner
+from spa.planner import Planner
 from spa.points import Point, Setting
 from spa.score import Known, Scores, score
 from spa.views import Data

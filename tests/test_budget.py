@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spa.allocate import Problem, allocate
-from spa.budget import Target, amount, read_targets
 from spa.errors import BadOption
+from spa.targets import Target, amount, read_targets
 
 
 @pytest.mark.parametrize(("text", "target"), [

@@ -15,6 +15,7 @@ from test_trace import net
 
 import spa
 from spa import latency
+from spa.budget import Budget
 from spa.choose import Options, find_space, lowest
 from spa.cutting import cut
 from spa.engines import find
@@ -24,7 +25,6 @@ from spa.evidence import Evidence
 from spa.feeds import one_sample
 from spa.latency import Clock, LatencyModel, Times, latency_model
 from spa.plan import mask_of
-from spa.planner import Budget
 from spa.segments import digest, find_segments
 
 
@@ -102,6 +102,32 @@ def test_losses_are_measured_where_there_are_data(folder: Path) -> None:
     assert "measured at" in found["budget"]["losses"]
     found = done("prune", "m.onnx", "-o", "s.onnx", "--target", "macs=0.5", "--calibration", "d.npz", "--time-limit", "0", *QUICK)
     assert "estimated" in found["budget"]["losses"]
+
+
+def test_auto_takes_what_loses_least_on_held_out_data(folder: Path) -> None:
+    options = ("--target", "macs=0.4", "--calibration", "d.npz", *QUICK)
+    found = done("prune", "m.onnx", "-o", "auto.onnx", *options)
+    compared = found["budget"]["compared"]
+    assert len(compared) >= 2
+    best = min(compared, key=lambda way: compared[way])
+    assert best.startswith(found["budget"]["allocation"])
+    assert (" by " not in best) or best.partition(" by ")[2] in found["budget"]["losses"]
+    held = np.load("d.npz")["x"][-32:]  # the second of two batches: nothing was fitted on it
+    dense, small = (spa.check.session(spa.load(m)).run(None, {"x": held})[0].astype(float) for m in ("m.onnx", "auto.onnx"))
+    assert compared[best] == pytest.approx(((small - dense) ** 2).sum() / (dense**2).sum(), rel=1e-3)
+
+
+def test_the_data_that_judge_decided_nothing() -> None:
+    rng = np.random.default_rng(0)
+    analysis = spa.analyze(layered())
+    batches = [{"x": rng.standard_normal((8, 3, 8, 8)).astype(np.float32)} for _ in range(16)]
+    budget, fit = spa.api.with_data(analysis, Budget(("macs=0.5",), metric="cosine"), Evidence("d", batches, analysis.normal.model, False))
+    assert fit is not None
+    assert budget.held is not None
+    assert budget.probe is not None
+    parts = [[id(b["x"]) for b in e.batches] for e in (fit, budget.probe, budget.held)]
+    assert [len(p) for p in parts] == [9, 3, 4]
+    assert len({i for p in parts for i in p}) == 16
 
 
 def test_the_solver_knows_which_group_matters(folder: Path) -> None:

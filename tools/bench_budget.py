@@ -28,7 +28,7 @@ import scipy
 import spa
 from models.tasks import TASKS, Task
 from spa import api
-from spa.budget import Target
+from spa.budget import Budget, with_data
 from spa.check import session
 from spa.choose import Options, find_space, lowest
 from spa.cutting import cut
@@ -37,8 +37,9 @@ from spa.errors import SpaError
 from spa.evidence import Evidence
 from spa.feeds import one_sample
 from spa.latency import machine, paired_seconds
-from spa.planner import Budget, Planner, with_data
+from spa.planner import Planner
 from spa.score import Known, score
+from spa.targets import Target
 from spa.views import Data
 
 TRIES = 7  # of the search for an equal latency

@@ -13,6 +13,7 @@ from rich.text import Text
 import spa
 from spa import api, criteria, report
 from spa.bench import Race, race
+from spa.budget import TIME_LIMIT, Budget
 from spa.budget_report import budget as budget_table
 from spa.check import TOLERANCE
 from spa.choose import Options
@@ -27,7 +28,6 @@ from spa.errors import BadOption
 from spa.explain import Cause, frozen_causes
 from spa.feeds import Feeds, one_sample
 from spa.plan import load_plan, mask_of
-from spa.planner import TIME_LIMIT, Budget
 from spa.repair import DAMPING, RepairOptions
 from spa.store import load
 

@@ -11,6 +11,7 @@ import typer
 from rich.text import Text
 
 from spa import parallel, sensitivity_report, sweep_report
+from spa.budget import TIME_LIMIT
 from spa.check import TOLERANCE
 from spa.commands import options as given
 from spa.commands import reading
@@ -20,7 +21,6 @@ from spa.commands.progress import progress
 from spa.commands.terminal import Terminal
 from spa.errors import BadOption
 from spa.evidence import Evidence
-from spa.planner import TIME_LIMIT
 from spa.points import COSTS, Setting, Sweep, grid
 from spa.repair_options import RepairOptions
 from spa.report import printable
