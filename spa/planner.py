@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spa.allocate import Allocation
+from spa.allocate import Allocation, Costs
 from spa.analysis import Analysis
 from spa.budget import Budget, judge_of
 from spa.choose import Space, lowest
@@ -37,6 +37,7 @@ from spa.views import Data
 Array = NDArray[np.float64]
 
 TRIES = 8  # prunings that the search for --max-drop makes
+BY_MACS = "solver under MACs"  # a way that auto compares where a latency is asked for: MACs count every layer alike
 MEASURED = 128  # samples that losses of groups are measured on, and fitted on for that
 ESTIMATE = "obspa-greedy"  # its scores are errors that are left after repair
 CORRECTIONS = 8  # plans that are timed until one meets a latency
@@ -164,7 +165,10 @@ class Planner:
         """Of several ways the one that loses least on the probe: losses measured one group at a time mislead where much goes."""
         found: dict[tuple[str, str], Allocation] = {}
         sources = {}
-        for way in (("solver", MEASURED_LOSSES), ("solver", ESTIMATES), ("uniform", "")):
+        ways = [("solver", MEASURED_LOSSES), ("solver", ESTIMATES), ("uniform", "")]
+        if any(t.kind == "latency" for t in targets):
+            ways.insert(1, (BY_MACS, MEASURED_LOSSES))
+        for way in ways:
             made = self._by(*way, targets)
             if not any(made.widths == other.widths for other in found.values()):
                 found[way], sources[way] = made, self._source
@@ -182,7 +186,25 @@ class Planner:
         self._source = "not looked at" if way == "uniform" else "from scores" if losses is self._scored else self._kind(losses)
         costs = with_latency(self.costs, self._latency()) if any(t.kind == "latency" for t in targets) else self.costs
         with self.stage("choosing widths"):
+            if way == BY_MACS:
+                return self._through_macs(targets, costs, losses)
             return decide(self.groups, self.space, costs, targets, way=way, losses=losses)
+
+    def _through_macs(self, targets: Sequence[Target], costs: Costs, losses: Sequence[Array]) -> Allocation:
+        """The solver under a share of MACs, the largest that is within the latency by the table; other targets as they are."""
+        others = [t for t in targets if t.kind not in ("latency", "macs")]
+        limits = {t.kind: t.value for t in targets if t.kind == "latency"}
+        dense = float(costs(np.array([[g.size for g in self.groups.groups]], np.float64))["macs"][0])
+        low, high = self._least(), min((t.limit(dense) / dense for t in targets if t.kind == "macs"), default=1.0)
+        best = decide(self.groups, self.space, costs, targets, way="solver", losses=losses)
+        for _ in range(TRIES):
+            middle = (low + high) / 2
+            found = decide(self.groups, self.space, costs, [*others, Target("macs", middle, True)], way="solver", losses=losses)
+            fits = found.costs["latency"] <= limits["latency"]
+            low, high = (middle, high) if fits else (low, middle)
+            if fits:
+                best = replace(found, limits={**{t.kind: found.limits[t.kind] for t in others}, **limits}, way=BY_MACS)
+        return best
 
     def _kind(self, losses: Sequence[Array]) -> str:
         return ESTIMATES if losses is self._estimated else f"{MEASURED_LOSSES} at {self.measured} widths"

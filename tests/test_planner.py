@@ -25,6 +25,7 @@ from spa.evidence import Evidence
 from spa.feeds import one_sample
 from spa.latency import Clock, LatencyModel, Times, latency_model
 from spa.plan import mask_of
+from spa.planner import Planner
 from spa.segments import digest, find_segments
 
 
@@ -266,6 +267,35 @@ def test_a_latency_is_hit_and_told(folder: Path, modelled: list[str]) -> None:
     table = run("prune", "m.onnx", "-o", "s.onnx", "--target", "latency=0.6x", *QUICK).stdout
     assert "latency (predicted)" in table
     assert "latency (measured, cpu)" in table
+
+
+def test_under_a_latency_macs_are_compared_too(folder: Path, modelled: list[str]) -> None:
+    options = ("--target", "latency=0.6x", "--target", "params=0.7", "--calibration", "d.npz", *QUICK)
+    budget = done("prune", "m.onnx", "-o", "s.onnx", *options)["budget"]
+    assert len(budget["compared"]) >= 2
+    assert budget["latency"]["measured"] <= 0.6 * 1.02 * budget["latency"]["dense"]
+    assert budget["costs"]["params"][1] <= 0.7 * budget["costs"]["params"][0]
+    planner = None
+
+    class Kept(Planner):
+        def _by(self, way: str, kind: str, targets: Any) -> Any:
+            nonlocal planner
+            planner = self
+            found = super()._by(way, kind, targets)
+            assert all(found.costs[t.kind] <= t.limit(found.dense[t.kind]) * (1 + 1e-9) for t in targets)
+            ways.append(way)
+            return found
+
+    ways: list[str] = []
+    analysis = spa.analyze(layered())
+    data = [{"x": drawn(16, i)["x"]} for i in range(8)]
+    evidence = spa.api.evidence_for(analysis, data)
+    budget, fit = spa.api.with_data(analysis, Budget(("latency=0.6x",), repair="obspa"), evidence)
+    space = find_space(analysis.groups, Options(0.5, multiple_of=1))
+    Kept(analysis, space, spa.score(analysis.normal.model.graph, analysis.groups), budget, fit).decide()
+    assert {"solver", "solver under MACs", "uniform"} <= set(ways)
+    assert planner is not None
+    assert min(planner.tried.values()) <= planner.tried.get("solver by measured", np.inf)
 
 
 def test_times_are_kept_and_used_again(folder: Path, modelled: list[str]) -> None:
