@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,7 @@ from spa.targets import EXACT, Target, amount, read_targets
 from spa.views import Data
 
 Array = NDArray[np.float64]
+Way: TypeAlias = tuple[str, str]  # of allocation, and the kind of losses that it goes by
 
 TRIES = 8  # prunings that the search for --max-drop makes
 BY_MACS = "solver under MACs"  # a way that auto compares where a latency is asked for: MACs count every layer alike
@@ -80,7 +81,6 @@ class Planner:
         self.timing: tuple[float, float] | None = None  # predicted and measured seconds of what was found
         self._judge: Judge | None = None
         self._probes: dict[int | None, Judge] = {}  # by how many samples
-        self._way: tuple[str, str] | None = None  # that auto has settled on: way, and kind of losses
         self._source = ""  # of the losses that decided, for people
         self.tried: dict[str, float] = {}  # ways that auto compared -> what they lost on the probe
         self._losses = None if known is None else known.losses
@@ -108,13 +108,28 @@ class Planner:
         """An allocation that meets the targets; latency as measured on what comes out, not as predicted."""
         if not any(t.kind == "latency" for t in targets):
             return self._allocated(targets)
+        ways = self._ways(targets)
+        found: dict[Way, tuple[Allocation, float, str]] = {}
+        for way in ways:  # each comes to the same measured latency; at the same prediction one would be let off more lightly
+            try:
+                found[way] = *self._within_latency(way, targets), self._source
+            except BadOption:
+                if way == ways[-1] and not found:
+                    raise
+        best = self._compared({way: a for way, (a, _, _) in found.items()})
+        chosen, taken, self._source = found[best]
+        self.timing = chosen.costs["latency"], taken
+        return chosen
+
+    def _within_latency(self, way: Way, targets: Sequence[Target]) -> tuple[Allocation, float]:
+        """The allocation of a way that comes nearest to a latency from below, and its measured seconds."""
         table = self._latency()
         wanted = next(t for t in targets if t.kind == "latency")
         limit = asked = wanted.limit(table.dense)
         best: tuple[Allocation, float] | None = None
         taken, fits, fails = np.inf, 0.0, np.inf  # what was asked of the table: the most that held, the least that did not
         for _ in range(CORRECTIONS):
-            found = self._allocated([Target("latency", asked, False) if t is wanted else t for t in targets])
+            found = self._by(*way, [Target("latency", asked, False) if t is wanted else t for t in targets])
             taken = self._taken(found, table.dense if wanted.relative else None)
             if taken <= limit * (1 + EXACT):
                 fits = max(fits, asked)
@@ -129,8 +144,7 @@ class Planner:
         if best is None:
             raise BadOption(f"--target latency: {amount('latency', limit)} was not reached: the nearest took {amount('latency', taken)} on "
                             f"{self.engine.name}. Ask for more, or let more shrink (--multiple-of 1).")  # fmt: skip
-        self.timing = best[0].costs["latency"], best[1]
-        return replace(best[0], limits={**best[0].limits, "latency": limit})
+        return replace(best[0], limits={**best[0].limits, "latency": limit}), best[1]
 
     def _taken(self, found: Allocation, dense: float | None) -> float:
         """Measured seconds of an allocation; of a share only the ratio to the dense model counts, times its `dense` seconds."""
@@ -150,36 +164,36 @@ class Planner:
         return one_sample(traced, runnable(self.analysis.normal.model, traced, seed=self.seed))
 
     def _allocated(self, targets: Sequence[Target]) -> Allocation:
-        """An allocation that meets the targets as the table of latencies, if it is among them, has them."""
-        if self.budget.allocation != "auto":
-            return self._by(self.budget.allocation, MEASURED_LOSSES, targets)
-        if self.fit is None or not self.fit.batches:  # scores of weights say which channels of a group to remove, but weigh groups badly
-            return self._by("uniform", "", targets)
-        if not self._measures():
-            return self._by("solver", ESTIMATES, targets)
-        if self._way is not None:
-            return self._by(*self._way, targets)
-        return self._best(targets)
-
-    def _best(self, targets: Sequence[Target]) -> Allocation:
-        """Of several ways the one that loses least on the probe: losses measured one group at a time mislead where much goes."""
-        found: dict[tuple[str, str], Allocation] = {}
+        """An allocation that meets targets of costs that are known without a run."""
+        found: dict[Way, Allocation] = {}
         sources = {}
-        ways = [("solver", MEASURED_LOSSES), ("solver", ESTIMATES), ("uniform", "")]
-        if any(t.kind == "latency" for t in targets):
-            ways.insert(1, (BY_MACS, MEASURED_LOSSES))
-        for way in ways:
+        for way in self._ways(targets):
             made = self._by(*way, targets)
             if not any(made.widths == other.widths for other in found.values()):
                 found[way], sources[way] = made, self._source
+        best = self._compared(found)
+        self._source = sources[best]
+        return found[best]
+
+    def _ways(self, targets: Sequence[Target]) -> list[Way]:
+        """The way that was asked for; or those that auto compares, the one that needs least last."""
+        if self.budget.allocation != "auto":
+            return [(self.budget.allocation, MEASURED_LOSSES)]
+        if self.fit is None or not self.fit.batches:  # scores of weights say which channels of a group to remove, but weigh groups badly
+            return [("uniform", "")]
+        if not self._measures():
+            return [("solver", ESTIMATES)]
+        by_macs = [(BY_MACS, MEASURED_LOSSES)] if any(t.kind == "latency" for t in targets) else []
+        return [("solver", MEASURED_LOSSES), *by_macs, ("solver", ESTIMATES), ("uniform", "")]
+
+    def _compared(self, found: Mapping[Way, Allocation]) -> Way:
+        """The way that loses least on the probe: losses measured one group at a time mislead where much goes."""
+        if len(found) == 1:
+            return next(iter(found))
         with self.stage("comparing allocations"):
             lost = {way: self._loss_on_probe(self._cut(self._gone(a))) for way, a in found.items()}
         self.tried = {" by ".join(filter(None, way)): value for way, value in lost.items()}
-        best = min(lost, key=lambda w: lost[w])
-        if any(t.kind == "latency" for t in targets):
-            self._way = best  # what is asked of the table changes a little from plan to plan, which needs no comparison
-        self._source = sources[best]
-        return found[best]
+        return min(lost, key=lambda way: lost[way])
 
     def _by(self, way: str, kind: str, targets: Sequence[Target]) -> Allocation:
         losses = self._scored if way in ("uniform", "global") else self.estimates() if kind == ESTIMATES else self.losses()
