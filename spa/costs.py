@@ -7,6 +7,7 @@ many candidates at once, which is what a search over widths needs; `spa.count` c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -32,6 +33,7 @@ class Lengths:
         self._monomials: dict[tuple[int, ...], int] = {(): 0}
         self._forms: list[dict[int, float]] = []
         self._known: dict[object, int] = {}
+        self.exact = True  # whether all rows of a kind are there equally often, so that it does not matter which coordinates go
 
     def constant(self, length: float) -> int:
         """An axis that never shrinks; returns its number."""
@@ -62,6 +64,7 @@ class Lengths:
 
     def _polynomial(self, labels: Labels) -> dict[int, float]:
         rows = np.sort(self._of[labels], axis=1)
+        self.exact = self.exact and self._even(labels, rows)
         kinds, counts = np.unique(rows, axis=0, return_counts=True)
         form: dict[int, float] = {}
         for kind, rows_of_kind in zip(kinds, counts, strict=True):
@@ -69,6 +72,18 @@ class Lengths:
             number = self._monomials.setdefault(monomial, len(self._monomials))
             form[number] = form.get(number, 0.0) + float(rows_of_kind)
         return form
+
+    def _even(self, labels: Labels, rows: NDArray[np.int64]) -> bool:
+        """Whether the coordinates of each kind of row occur in all combinations, and all equally often."""
+        whole = np.sort(labels, axis=1)
+        combinations, index, counts = np.unique(whole, axis=0, return_index=True, return_counts=True)
+        kinds, of = np.unique(rows[index], axis=0, return_inverse=True)
+        of = of.ravel()
+        for number, kind in enumerate(kinds):
+            here = counts[of == number]
+            if len(here) != math.prod(int(self.sizes[g]) for g in kind if g >= 0) or here.min() != here.max():
+                return False
+        return bool(len(combinations))
 
     def evaluate(self, widths: Array) -> Array:
         """(candidates, axes) lengths for (candidates, groups) widths."""
@@ -110,7 +125,8 @@ class Products:
 class CostModel:
     """MACs, parameters, bytes of weights and the largest set of live activations, for many candidate widths at once.
 
-    The figures are those of `spa.count.count`: of one sample where the batch is free.
+    The figures are those of `spa.count.count`: of one sample where the batch is free. exact: whether that holds for every removal;
+    else, where a flattened or sliced axis holds some coordinates more often than others, they are those of an average one.
     """
 
     def __init__(self, groups: Groups) -> None:
@@ -125,6 +141,11 @@ class CostModel:
         born, died, values = self._lives()
         self._born, self._died = born, died
         self._live = Products([Term(itemsize(kinds.get(n, 1)), lengths.value(n)) for n in values], one)
+
+    @property
+    def exact(self) -> bool:
+        """Whether costs depend on widths alone."""
+        return self.lengths.exact
 
     @property
     def dense(self) -> Array:

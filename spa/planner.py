@@ -18,6 +18,7 @@ from spa.allocate import Allocation, Costs
 from spa.analysis import Analysis
 from spa.budget import Budget, judge_of
 from spa.choose import Space, lowest
+from spa.count import count
 from spa.cutting import cut
 from spa.engines import find
 from spa.errors import BadOption
@@ -200,9 +201,22 @@ class Planner:
         self._source = "not looked at" if way == "uniform" else "from scores" if losses is self._scored else self._kind(losses)
         costs = with_latency(self.costs, self._latency()) if any(t.kind == "latency" for t in targets) else self.costs
         with self.stage("choosing widths"):
-            if way == BY_MACS:
-                return self._through_macs(targets, costs, losses)
-            return decide(self.groups, self.space, costs, targets, way=way, losses=losses)
+            for _ in range(TRIES):
+                if way == BY_MACS:
+                    found = self._through_macs(targets, costs, losses)
+                else:
+                    found = decide(self.groups, self.space, costs, targets, way=way, losses=losses)
+                over = self._over(found)
+                if over <= 1:
+                    break
+                targets = [t if t.kind == "latency" else Target(t.kind, found.limits[t.kind] / over, False) for t in targets]
+            return found
+
+    def _over(self, found: Allocation) -> float:
+        """The largest of counted costs over limits: where costs depend on which coordinates go, counting has the last word."""
+        counted = count(self.groups, self._gone(found))
+        exact = {"macs": counted.macs, "params": counted.parameters, "memory": counted.peak_bytes}
+        return max((exact[k] / limit for k, limit in found.limits.items() if k in exact), default=0.0)
 
     def _through_macs(self, targets: Sequence[Target], costs: Costs, losses: Sequence[Array]) -> Allocation:
         """The solver under a share of MACs, the largest that is within the latency by the table; other targets as they are."""

@@ -11,12 +11,15 @@ import numpy as np
 import onnx
 import pytest
 from test_cli import refused, run
+from test_groups import attention
+from test_properties import network
 from test_trace import net
 
 import spa
 from spa import latency
 from spa.budget import Budget
 from spa.choose import Options, find_space, lowest
+from spa.costs import CostModel
 from spa.cutting import cut
 from spa.engines import find
 from spa.engines.table import Settings
@@ -421,3 +424,17 @@ def test_budgets_from_python() -> None:
     noise = Evidence("noise", ({"x": drawn(8)["x"]},), spa.load(layered()), True)
     with pytest.raises(BadOption, match="made-up data"):
         spa.prune(layered(), target=Budget(max_drop=1.0, evaluate=noise))
+
+
+@pytest.mark.parametrize("name", ["layered", "attention"])
+def test_costs_depend_on_widths_alone_in_whole_products(name: str) -> None:
+    assert CostModel(spa.analyze({"layered": layered, "attention": attention}[name]()).groups).exact
+
+
+def test_where_costs_depend_on_which_channels_go_counting_has_the_last_word() -> None:
+    """Sliced, then flattened: some pairs of (channel, pixel) are cut off, so that channels are worth different shares of the last layer."""
+    uneven = network([(0, 0, 0), (0, 0, 0), (0, 0, 0), (4, 0, 1), (680, 0, 33)], 0)
+    assert not CostModel(spa.analyze(uneven).groups).exact
+    for share in (0.4, 0.6, 0.8):
+        result = spa.prune(uneven, target=f"macs={share}", multiple_of=1)
+        assert result.after.macs <= share * result.before.macs

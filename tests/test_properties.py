@@ -349,7 +349,10 @@ def check_random_mask(steps: list[Step], seed: int) -> bool:
 def check_costs(groups: spa.Groups, gone: np.ndarray) -> None:
     """Costs as polynomials of widths say what a count of the removal says."""
     widths = np.array([np.count_nonzero(~gone[g.coordinates]) for g in groups.groups], np.float64)
-    found = {kind: float(v[0]) for kind, v in CostModel(groups).costs(widths[None]).items()}
+    model = CostModel(groups)
+    if not model.exact:  # slices of flattened axes: some coordinates occur more often than others
+        return
+    found = {kind: float(v[0]) for kind, v in model.costs(widths[None]).items()}
     counted = spa.count(groups, gone)
     assert found["macs"] == counted.macs
     assert found["params"] == counted.parameters
