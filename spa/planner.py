@@ -281,7 +281,8 @@ class Planner:
         """Distance to the dense outputs: of probabilities where the metric is about classes, else of the outputs themselves."""
         if samples not in self._probes:
             assert self.probe is not None
-            chosen = METRICS["kl" if self.budget.metric in ("accuracy", "top5", "agreement", "kl", "perplexity") else "error"]
+            classes = self.budget.metric in ("accuracy", "top5", "agreement", "kl", "perplexity")
+            chosen = METRICS["kl" if classes or (self.budget.metric is None and self.probe.labels is not None) else "error"]
             data = self.probe if samples is None else first(self.probe, samples)
             self._probes[samples] = judge(self.analysis.normal.model, chosen, data, output=self.budget.output)
         return self._probes[samples].drop(model)

@@ -109,7 +109,8 @@ def test_losses_are_measured_where_there_are_data(folder: Path) -> None:
 
 
 def test_auto_takes_what_loses_least_on_held_out_data(folder: Path) -> None:
-    options = ("--target", "macs=0.4", "--calibration", "d.npz", *QUICK)
+    np.savez("plain.npz", x=drawn(64)["x"])
+    options = ("--target", "macs=0.4", "--calibration", "plain.npz", *QUICK)
     found = done("prune", "m.onnx", "-o", "auto.onnx", *options)
     compared = found["budget"]["compared"]
     assert len(compared) >= 2
@@ -119,6 +120,15 @@ def test_auto_takes_what_loses_least_on_held_out_data(folder: Path) -> None:
     held = np.load("d.npz")["x"][-32:]  # the second of two batches: nothing was fitted on it
     dense, small = (spa.check.session(spa.load(m)).run(None, {"x": held})[0].astype(float) for m in ("m.onnx", "auto.onnx"))
     assert compared[best] == pytest.approx(((small - dense) ** 2).sum() / (dense**2).sum(), rel=1e-3)
+
+
+def test_labels_say_that_outputs_are_classes(folder: Path) -> None:
+    """Then losses are distances of probabilities, which do not change if all outputs shift alike."""
+    found = done("prune", "m.onnx", "-o", "s.onnx", "--target", "macs=0.4", "--calibration", "d.npz", "--labels", "labels", *QUICK)
+    held = np.load("d.npz")["x"][-32:]
+    dense, small = (spa.check.session(spa.load(m)).run(None, {"x": held})[0].astype(float) for m in ("m.onnx", "s.onnx"))
+    p, q = (np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in (dense, small))
+    assert min(found["budget"]["compared"].values()) == pytest.approx((p * np.log(p / q)).sum(1).mean(), rel=1e-2)
 
 
 def test_the_data_that_judge_decided_nothing() -> None:
