@@ -28,6 +28,7 @@ from spa.signatures.table import Dim, dims_of, kind_of
 from spa.store import Model
 from spa.trace import NodeTrace
 
+# Names in ONNX Runtime's own graph, made after ours from what it was given: nothing is pruned there, so no rule of the table is about them.
 BLOCKED = "com.microsoft.nchwc"
 _REORDERS = {"ReorderInput", "ReorderOutput"}
 _CONVOLUTIONS = {"Conv", "FusedConv"}

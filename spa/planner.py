@@ -109,14 +109,15 @@ class Planner:
         """An allocation that meets the targets; latency as measured on what comes out, not as predicted."""
         if not any(t.kind == "latency" for t in targets):
             return self._allocated(targets)
-        ways = self._ways(targets)
         found: dict[Way, tuple[Allocation, float, str]] = {}
-        for way in ways:  # each comes to the same measured latency; at the same prediction one would be let off more lightly
+        refused: list[BadOption] = []
+        for way in self._ways(targets):  # each comes to the same measured latency; at the same prediction one would be let off more lightly
             try:
                 found[way] = *self._within_latency(way, targets), self._source
-            except BadOption:
-                if way == ways[-1] and not found:
-                    raise
+            except BadOption as error:
+                refused.append(error)
+        if not found:
+            raise refused[0]
         best = self._compared({way: a for way, (a, _, _) in found.items()})
         chosen, taken, self._source = found[best]
         self.timing = chosen.costs["latency"], taken

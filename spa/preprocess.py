@@ -9,7 +9,6 @@ import difflib
 import importlib
 import math
 import re
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -17,10 +16,10 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import yaml
 
 from spa.errors import BadFile, BadOption
 from spa.samples import Array, Input, Layout, Piece, piece, reason
+from spa.settings_file import read_settings
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 USUAL_SIZE = 224
@@ -127,7 +126,7 @@ def read_preprocess(given: str) -> tuple[Preprocess, str]:
     if given in PRESETS:
         return PRESETS[given], f"{given} ({PRESETS[given]})"
     if Path(given).suffix.lower() in (".yaml", ".yml", ".toml"):
-        made = _make(_read_file(Path(given)))
+        made = _make(read_settings(Path(given), "preprocess", maps="settings to values", example="size: 224"))
         return made, f"{given} ({made})"
     if "=" not in given:
         near = difflib.get_close_matches(given, PRESETS, 1)
@@ -145,19 +144,6 @@ def read_preprocess(given: str) -> tuple[Preprocess, str]:
         settings[key.strip()] = value.strip()
     made = _make(settings)
     return made, str(made)
-
-
-def _read_file(path: Path) -> Mapping[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        found = tomllib.loads(text) if path.suffix.lower() == ".toml" else yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadFile(f"The preprocess file {path} can't be read: {reason(error)}.") from error
-    except (tomllib.TOMLDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise BadOption(f"The preprocess file {path} is neither YAML nor TOML: {reason(error)}.") from error
-    if not isinstance(found, Mapping) or not found:
-        raise BadOption(f"The preprocess file {path} must map settings to values, such as 'size: 224'.")
-    return {str(k): v for k, v in found.items()}
 
 
 def _make(settings: Mapping[str, Any]) -> Preprocess:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import tomllib
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
-import yaml
 from onnx import helper
 
 from spa.errors import BadFile, BadOption
 from spa.feeds import Feeds
 from spa.files import check_target
 from spa.repair import RepairOptions
+from spa.samples import reason
+from spa.settings_file import read_settings
 from spa.store import Model
 
 
@@ -50,15 +50,7 @@ def read_ratios(path: Path | None) -> dict[str, float]:
     """Pattern -> ratio, from a YAML or TOML file. Raises BadOption or BadFile."""
     if path is None:
         return {}
-    try:
-        text = path.read_text(encoding="utf-8")
-        found = tomllib.loads(text) if path.suffix.lower() == ".toml" else yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadFile(f"The ratios file {path} can't be read: {_reason(error)}.") from error
-    except (tomllib.TOMLDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise BadOption(f"The ratios file {path} is neither YAML nor TOML: {' '.join(str(error).split())}.") from error
-    if not isinstance(found, Mapping) or not found:
-        raise BadOption(f"The ratios file {path} must map patterns to ratios, such as 'layer4.*: 0.7'.")
+    found = read_settings(path, "ratios", maps="patterns to ratios", example="layer4.*: 0.7")
     for pattern, ratio in found.items():
         if isinstance(ratio, bool) or not isinstance(ratio, int | float):
             raise BadOption(f"The ratios file {path} gives {pattern!r} the ratio {ratio!r}, which is no number.")
@@ -96,7 +88,7 @@ def read_feeds(path: Path | None, model: Model) -> Feeds | None:
         with loaded:
             feeds = {name: loaded[name] for name in loaded.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise BadFile(f"The feeds file {path} can't be read as .npz: {_reason(error)}.") from error
+        raise BadFile(f"The feeds file {path} can't be read as .npz: {reason(error)}.") from error
     for tensor in model.graph.inputs:
         if tensor.name not in feeds:
             raise BadOption(f"The feeds file {path} lacks input {tensor.name!r}; it has: {', '.join(feeds) or 'nothing'}.")
@@ -141,7 +133,7 @@ def check_outputs(outputs: Mapping[str, Path | None], sources: Sequence[str | os
         try:
             _check_output(option, target, kept)
         except (OSError, ValueError) as error:
-            raise BadFile(f"{option} {target} can't be written: {_reason(error)}.") from error
+            raise BadFile(f"{option} {target} can't be written: {reason(error)}.") from error
         place = Path(os.path.realpath(target))
         if place in seen:
             raise BadOption(f"{option} and {seen[place]} are the same file, {target}; give two names.")
@@ -164,7 +156,3 @@ def _check_output(option: str, target: Path, sources: Sequence[str]) -> None:
 def plan_name(output: Path) -> Path:
     """Where the plan of a pruned model goes by default: small.onnx -> small.plan.json."""
     return output.with_name(f"{output.stem if output.suffix else output.name}.plan.json")
-
-
-def _reason(error: BaseException) -> str:
-    return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
