@@ -124,9 +124,11 @@ def sweep(
         threads=threads, time_limit=time_limit, seed=seed, check=check, tolerance=tolerance, inputs=inputs, protect_outputs=protect_outputs,
         stat=stat, travels=backend == "ray", used=_several(criterion), stage=stage,
     )  # fmt: skip
+    place = Folder(Path(folder), _identity(lab))
     try:
-        return _Run(lab, Folder(Path(folder), _identity(lab)), settings, jobs, backend, tell, stage).run(retry, bench, seconds)
+        return _Run(lab, place, settings, jobs, backend, tell, stage).run(retry, bench, seconds)
     finally:
+        place.close()
         experiment.forget()
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from spa.errors import BadFile, BadOption
 from spa.explain import printable
@@ -26,7 +27,7 @@ from spa.report import plain
 from spa.score import Known, Scores
 
 FORMAT, VERSION = "spa-sweep", 1
-SETTINGS, POINTS, PLANS, LEARNED = "settings.json", "points", "plans", "learned"
+SETTINGS, POINTS, PLANS, LEARNED, LOCK = "settings.json", "points", "plans", "learned", ".lock"
 
 
 class Folder:
@@ -35,9 +36,13 @@ class Folder:
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path, self.settings = path, settings
         self.dense: dict[str, Any] = {}
+        self._lock = FileLock(path / LOCK)
 
     def open(self) -> None:
-        """Looks at what is there. Raises BadOption for a folder of something else, BadFile for one that can't be used."""
+        """Looks at what is there, and keeps other sweeps out until `close`.
+
+        Raises BadOption for a folder of something else or one in use, BadFile for one that can't be used.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise BadOption(f"--output {self.path} is a file; give the name of a folder.")
         try:
@@ -45,15 +50,30 @@ class Folder:
         except OSError as error:
             raise BadFile(f"--output {self.path} can't be read: {error.strerror}.") from error
         if SETTINGS not in there:
-            left = [n for n in there if not n.startswith(".spa-")]  # a write that was killed
+            begun = {POINTS, PLANS, LEARNED, LOCK}  # by a sweep that was killed before it wrote its settings
+            left = [n for n in there if not n.startswith(".spa-") and n not in begun]
             if left:
                 raise BadOption(f"--output {self.path} holds no sweep but {printable(left[0])}: give a new or an empty folder.")
             return
+        self._hold()
         found = self._json(self.path / SETTINGS)
         if found.get("format") != FORMAT or not isinstance(found.get("settings"), dict) or not isinstance(found.get("dense"), dict):
             raise BadOption(f"--output {self.path}: its {SETTINGS} is not that of a sweep; give another folder.")
         self._compare(found)
         self.dense = found["dense"]
+
+    def _hold(self) -> None:
+        """Takes the lock of the folder, which the system gives back if the process is killed."""
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise BadOption(f"--output {self.path} is in use by another sweep: wait for it, or give another folder.") from error
+        except OSError as error:
+            raise BadFile(f"--output {self.path} can't be written: {error.strerror}; choose another place.") from error
+
+    def close(self) -> None:
+        """Lets other sweeps in."""
+        self._lock.release()
 
     def _compare(self, found: Mapping[str, Any]) -> None:
         there, here = found["settings"], json.loads(json.dumps(plain(self.settings)))
@@ -75,6 +95,7 @@ class Folder:
                 (self.path / name).mkdir(parents=not name, exist_ok=True)
         except OSError as error:
             raise BadFile(f"--output {self.path} can't be made: {error.strerror}; choose another place.") from error
+        self._hold()
         self.dense = dict(dense)
         data = {"format": FORMAT, "version": VERSION, "settings": self.settings, "dense": self.dense}
         write_files([(self.path / SETTINGS, _text(data))])

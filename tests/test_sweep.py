@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 from test_cli import convnet, refused, run
@@ -24,6 +25,7 @@ from spa import files, parallel, share
 from spa.commands.sweep import listed, targets_of
 from spa.pareto import pareto
 from spa.points import Point, Setting, Sweep, grid
+from spa.sweep_folder import LOCK
 from spa.sweep_report import csv_text, sweep_data, tables
 
 DATA = ("--calibration", "d.npz", "--multiple-of", "1")
@@ -136,6 +138,13 @@ def test_a_sweep_gives_points_and_plans_that_apply(folder: Path) -> None:
     assert qualities == sorted(qualities, reverse=True)  # dearer and better: kl falls
     assert data["metric"] == {"name": "kl", "higher_is_better": False}
     assert {"points.csv", "points.json"} <= {p.name for p in (folder / "s").iterdir()}
+
+
+def test_two_sweeps_do_not_share_a_folder(folder: Path) -> None:
+    swept(*DATA, "--ratio", "0.5", "--repair", "none")
+    with FileLock(folder / "s" / LOCK):
+        refused(folder, "sweep", "m.onnx", "-o", "s", *DATA, "--ratio", "0.25", "--repair", "none", says="in use by another sweep")
+    assert len(swept(*DATA, "--ratio", "0.25", "--repair", "none")["points"]) == 2
 
 
 def test_a_repaired_point_is_what_apply_repairs(folder: Path) -> None:
