@@ -1,12 +1,13 @@
 """Graph-surgeon passes: each one function on a graphsurgeon Graph, told by plain data what to do.
 
 Two kinds, kept apart. Those that keep the function: `fold_constants`, `gather_shuffles`, `unshare_constants`, `merge_copies`,
-`drop_dead_nodes`. Those that change it as told: `remove_channels`, `insert_masks`; `insert_biases` adds zeros, for repair to
-fill. Each returns how many changes it made and is idempotent.
+`drop_dead_nodes`. Those that change it as told: `remove_channels`, `drop_branches`, `insert_masks`; `insert_biases` adds zeros, for
+repair to fill. Each returns how many changes it made and is idempotent.
 This package imports nothing of ours.
 """
 
 from passes.biases import insert_biases
+from passes.branches import drop_branches
 from passes.constants import drop_dead_nodes, fold_constants, merge_copies, unshare_constants
 from passes.mask import Compress, Mask, insert_masks
 from passes.remove import DELETE, Patch, Removal, remove_channels
@@ -20,6 +21,7 @@ __all__ = [
     "Patch",
     "Removal",
     "Weight",
+    "drop_branches",
     "drop_dead_nodes",
     "fold_constants",
     "gather_shuffles",

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 from onnx import ModelProto
 
+from spa.edits import Edit, edited, read_edits
 from spa.evidence import Evidence, gather
 from spa.groups import Groups, find_groups
 from spa.normalize import Normal, normalize
@@ -22,12 +24,29 @@ Source: TypeAlias = str | os.PathLike[str] | bytes | ModelProto | Model
 
 @dataclass(frozen=True)
 class Analysis:
-    """A model with its groups. `given` is the model as it came, `normal` what was traced."""
+    """A model with its groups. `given` is the model as it came, `edited` after the edits of `settings`, `normal` what was traced.
+
+    edits: with the arrays that were fitted to data. left_out: a sentence for each edit that needs data which were not at hand.
+    """
 
     given: Model
+    edited: Model
     normal: Normal
     groups: Groups
     settings: Mapping[str, Any]
+    edits: tuple[Edit, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+    @cached_property
+    def dense(self) -> Analysis:
+        """The analysis of the model as given, before any edit: what savings are counted and timed against."""
+        return self if not self.edits else analyze(self.given, **{**self.settings, "edits": ()})
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of `analyze` for a model that was made of this one, in which the edits are done."""
+        there = {t.name for t in self.edited.graph.inputs}
+        return {**self.settings, "edits": (), "inputs": {k: v for k, v in self.settings["inputs"].items() if k in there}}
 
 
 def opened(model: Source) -> Model:
@@ -42,18 +61,30 @@ def analyze(
     inputs: Mapping[str, Sequence[int]] | None = None,
     protect_outputs: bool = True,
     stat: bool = True,
+    edits: Sequence[Edit | Mapping[str, Any]] = (),
     stage: Stage = quiet,
 ) -> Analysis:
-    """Loads, normalises, traces and groups. `inputs` fixes the shape of inputs, `stage` is told what goes on."""
+    """Loads, edits, normalises, traces and groups.
+
+    inputs: fixes the shape of inputs of the model as given. edits: changes that come first, see `spa.edits`. stage: is told what goes on.
+    Raises SpaError; BadPlan for edits that do not fit the model.
+    """
     with stage("reading"):
         given = opened(model)
+    changes = read_edits(edits)
+    changed = edited(given, changes)
+    gone = {t.name for t in given.graph.inputs} - {t.name for t in changed.model.graph.inputs}
     with stage("finding shapes"):
-        normal = normalize(given, inputs)
+        normal = normalize(changed.model, {k: v for k, v in (inputs or {}).items() if k not in gone})
     with stage("tracing"):
         traced = trace(normal.model.graph, normal.facts, protect_outputs=protect_outputs, stat=stat)
         groups = find_groups(traced)
-    settings = {"protect_outputs": protect_outputs, "stat": stat, "inputs": {k: list(v) for k, v in (inputs or {}).items()}}
-    return Analysis(given, normal, groups, settings)
+    settings: dict[str, Any] = {
+        "protect_outputs": protect_outputs, "stat": stat, "inputs": {k: list(v) for k, v in (inputs or {}).items()},
+    }  # fmt: skip
+    if changes:
+        settings["edits"] = [e.record for e in changes]
+    return Analysis(given, changed.model, normal, groups, settings, changes, changed.left_out)
 
 
 def evidence_for(analysis: Analysis, calibration: Any, *, seed: int = 0, stage: Stage = quiet) -> Evidence | None:
@@ -64,9 +95,15 @@ def evidence_for(analysis: Analysis, calibration: Any, *, seed: int = 0, stage: 
         return gather(analysis.normal.model, analysis.groups, calibration, seed=seed)
 
 
-def analyzed_for(model: Source, plan: Plan, *, other_weights: bool = False, stage: Stage = quiet) -> Analysis:
-    """Analyses a model as it was when the plan was made. Raises BadPlan for a plan of another model."""
+def analyzed_for(
+    model: Source, plan: Plan, *, other_weights: bool = False, inputs: Mapping[str, Sequence[int]] | None = None, stage: Stage = quiet
+) -> Analysis:
+    """Analyses a model as it was when the plan was made, edits first. Raises BadPlan for a plan of another model.
+
+    inputs: shapes other than those that the plan was made with.
+    """
     given = opened(model)
     check_belongs(plan, given, other_weights=other_weights)
-    stat, protect = bool(plan.trace.get("stat", True)), bool(plan.trace.get("protect_outputs", True))
-    return analyze(given, inputs=plan.trace.get("inputs"), protect_outputs=protect, stat=stat, stage=stage)
+    how = plan.trace
+    return analyze(given, inputs=inputs or how.get("inputs"), protect_outputs=bool(how.get("protect_outputs", True)),
+                   stat=bool(how.get("stat", True)), edits=how.get("edits", ()), stage=stage)  # fmt: skip

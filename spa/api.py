@@ -18,6 +18,7 @@ from spa.check import Check
 from spa.choose import Options, choose, find_space
 from spa.count import Counts, count
 from spa.cutting import cut
+from spa.edits import Edit
 from spa.engines import find as find_engine
 from spa.errors import BadOption, CheckFailed, NothingToPrune
 from spa.evidence import Evidence
@@ -64,7 +65,7 @@ class Result:
             raise BadOption("Nothing was repaired, so there is no repaired model to write: ask for a repair with --repair obspa.")
         save(self.analysis.normal.model, path)
         if plan is not None:
-            again = analyze(path, **{**self.analysis.settings, "inputs": self.analysis.settings.get("inputs") or None})
+            again = analyze(path, **self.analysis.options)
             gone = mask_of(self.plan, again.groups)
             options, notes, copies = self.plan.options, self.plan.notes, again.normal.copies
             make_plan(again.given, again.groups, gone, copies=copies, options=options, trace=again.settings, notes=notes).save(Path(plan))
@@ -220,7 +221,7 @@ def apply(
     decided = load_plan(plan if isinstance(plan, Plan | Mapping) else Path(plan))
     analysis = model if isinstance(model, Analysis) else analyzed_for(model, decided, other_weights=other_weights, stage=stage)
     gone = mask_of(decided, analysis.groups)
-    before, after = count(analysis.groups), count(analysis.groups, gone)
+    before, after = count(analysis.dense.groups), count(analysis.groups, gone)
     made = cut(analysis, gone, repair=repair, calibration=calibration, seed=seed, stage=stage)
     analysis, gone, small = made.analysis, made.gone, made.model
     groups = analysis.groups
@@ -261,14 +262,17 @@ def prune(
     loss: str = "auto",
     target: str | Sequence[str] | Budget = (),
     steps: int = 1,
+    edits: Sequence[Edit | Mapping[str, Any]] = (),
     stage: Stage = quiet,
 ) -> Result:
     """Plans and applies; see `plan` and `apply` for the options. steps: of the way there, channels scored anew after each.
 
+    edits: changes of the graph that come first, see `spa.edits`.
+
     >>> result = spa.prune("model.onnx", target="macs=0.5")
     >>> result.save("small.onnx", plan="small.plan.json")
     """
-    analysis = analyze(model, inputs=inputs, protect_outputs=protect_outputs, stat=stat, stage=stage)
+    analysis = analyze(model, inputs=inputs, protect_outputs=protect_outputs, stat=stat, edits=edits, stage=stage)
     evidence = evidence_for(analysis, calibration, seed=seed, stage=stage)
     wishes = {
         "criterion": criterion, "scope": scope, "multiple_of": multiple_of, "keep_at_least": keep_at_least, "include": include,

@@ -118,7 +118,7 @@ class Lab:
     @cached_property
     def dense(self) -> dict[str, float]:
         """Costs of the model as it is."""
-        return costs_of(count(self.analysis.groups), self.analysis.given.nbytes)
+        return costs_of(count(self.analysis.dense.groups), self.analysis.given.nbytes)
 
 
 def costs_of(counts: Counts, nbytes: int) -> dict[str, float]:

@@ -13,6 +13,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from spa.edits import read_edits
 from spa.errors import BadPlan
 from spa.files import write_files
 from spa.groups import Groups
@@ -30,7 +31,7 @@ class Plan:
     groups: name -> {"size": n, "kept": [coordinates]} for every group that shrinks.
     removed: value -> axis -> [positions], for every value of the model that loses any.
     copies: constant that several nodes share -> the copies that it is split into, as {copy: original}.
-    options: how it was made; `trace` holds what is needed to find the same groups again.
+    options: how it was made; `trace` holds what is needed to find the same groups again, the edits (`spa.edits`) among it.
     """
 
     model_sha256: str
@@ -121,6 +122,7 @@ def _from_fields(fields: Any, label: str) -> Plan:
         removed = {str(v): {str(int(a)): [int(i) for i in p] for a, p in axes.items()} for v, axes in fields["removed"].items()}
         inputs = {str(n): [int(k) for k in s] for n, s in (fields["trace"].get("inputs") or {}).items()}
         fields = {**fields, "trace": {**fields["trace"], "inputs": inputs}}
+        read_edits(fields["trace"].get("edits", ()), label)
         return Plan(
             str(fields["model_sha256"]),
             str(fields["graph_sha256"]),

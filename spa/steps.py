@@ -77,7 +77,7 @@ def prune_in_steps(
             kept[name] = kept[name][entry["kept"]]
         options = dict(plan.options)
         done.append({"macs": result.after.macs, "parameters": result.after.parameters})
-        current = analyze(result.model, **{**analysis.settings, "inputs": analysis.settings.get("inputs") or None})
+        current = analyze(result.model, **analysis.options)
     assert result is not None
     gone = np.ones(analysis.groups.total, bool)
     for group in analysis.groups.groups:
@@ -87,7 +87,7 @@ def prune_in_steps(
         options["budget"] = _record(analysis, budget, options["budget"], result)
     plan = make_plan(analysis.given, analysis.groups, gone, copies=analysis.normal.copies, options=options, trace=analysis.settings,
                      notes=result.plan.notes)  # fmt: skip
-    before, after = count(analysis.groups), count(analysis.groups, mask_of(plan, analysis.groups))
+    before, after = count(analysis.dense.groups), count(analysis.groups, mask_of(plan, analysis.groups))
     return replace(result, plan=plan, analysis=analysis, before=before, after=after, repaired=result.repaired)
 
 

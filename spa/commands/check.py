@@ -22,7 +22,7 @@ from spa.commands.common import drawn_inputs, opened_model
 from spa.commands.terminal import Terminal
 from spa.engines import Engine, Settings, find
 from spa.errors import BadOption
-from spa.plan import Plan, check_belongs, load_plan, mask_of
+from spa.plan import Plan, load_plan, mask_of
 from spa.prove import reference_of
 from spa.store import Model
 from spa.trace import constant_values
@@ -70,16 +70,13 @@ def check(
         raise BadOption("Which channels B has lost stands in its plan: give it with --plan (spa prune has written it beside B).")
     decided = load_plan(plan_file)
     opened, pruned = opened_model(term, original, {}), opened_model(term, small, {})
-    check_belongs(decided, opened, other_weights=other_weights)
-    check_interfaces(opened, pruned)
-    how = decided.trace
-    shapes = reading.read_shapes(inputs or (), opened) or how.get("inputs")
-    analysis = api.analyze(opened, inputs=shapes, protect_outputs=bool(how.get("protect_outputs", True)),
-                           stat=bool(how.get("stat", True)), stage=term.stage)  # fmt: skip
+    shapes = reading.read_shapes(inputs or (), opened)
+    analysis = api.analyzed_for(opened, decided, other_weights=other_weights, inputs=shapes, stage=term.stage)
+    check_interfaces(analysis.edited, pruned)
     groups, normal, gone = analysis.groups, analysis.normal.model, mask_of(decided, analysis.groups)
     own = reading.read_feeds(feeds, opened)
     with term.stage("comparing weights"):
-        kept = kept_weights(opened, pruned, decided)
+        kept = kept_weights(analysis.edited, pruned, decided)
     weights = {"exact": len(kept.exact), "differing": list(kept.differing), "unknown": list(kept.unknown)}
     shown = report.weights(len(kept.exact), kept.differing, kept.unknown)
     if chosen is None:

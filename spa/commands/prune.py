@@ -59,7 +59,7 @@ def plan(
     decided = api.plan(analysis, ratio, calibration=evidence, target=budget, seed=seed, stage=term.stage, **wishes)
     decided.save(output)
     groups = analysis.groups
-    before, after = count(groups), count(groups, mask_of(decided, groups))
+    before, after = count(analysis.dense.groups), count(groups, mask_of(decided, groups))
     causes = frozen_causes(groups)
     data = {"model": str(model), "plan": str(output), **_outcome(decided, before, after, causes)}
     term.show(data, report.comparison(before, after), *_met(decided), report.pruned(decided, groups.by_name),
@@ -208,8 +208,9 @@ def _timing(term: Terminal, result: api.Result, feeds: Feeds | None, seed: int, 
     analysis = result.analysis
     try:
         with term.stage("timing"):
-            traced = analysis.groups.traced
-            drawn = one_sample(traced, api.runnable(analysis.normal.model, traced, seed=seed)) if feeds is None else feeds
+            dense = analysis.dense  # which may have inputs that the pruned model lacks
+            traced = dense.groups.traced
+            drawn = one_sample(traced, api.runnable(dense.normal.model, traced, seed=seed)) if feeds is None else feeds
             return race({"before": analysis.given, "after": result.model}, drawn, threads=threads, engine=provider)
     except Exception as error:  # onnxruntime raises classes of its own; the pruning is done and proven without the times
         term.log(f"spa: latency was not measured: {report.printable(str(error).splitlines()[0])}", always=True)
