@@ -86,6 +86,7 @@ def plan(
     keep_at_least: int = 1,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    units: Sequence[str] = (),
     ratios: Mapping[str, float] | None = None,
     protect_outputs: bool = True,
     stat: bool = True,
@@ -105,7 +106,8 @@ def plan(
 
     ratio: share of the channels of each group that goes, between 0 and 1; 0.5 if there is no target either. criterion: a name of the
     registry. scope: local, global or isomorphic. multiple_of: widths are rounded to it; "auto" is what the provider likes.
-    include, exclude: globs or /regexes/ on the names of groups, nodes and values. ratios: pattern -> ratio of its own.
+    include, exclude: globs or /regexes/ on the names of groups, nodes and values, or "kind:head". units: kinds of groups that may shrink
+    (`spa.kinds.KINDS`), all if empty. ratios: pattern -> ratio of its own.
     stat: whether axes that a normalisation runs over may shrink. calibration: data for criteria that look at any: a `Calibration`, an
     `Evidence` or what `spa.calibration` takes. aggregate, normalize: how scores of a group's layers are put together, and made comparable
     between groups. swaps: rounds of exchanging removed for kept channels while the error after repair falls. loss: for gradients.
@@ -117,7 +119,8 @@ def plan(
     budget = budget_of(target)
     check_limits(budget, ratio, scope)
     asked = 0.5 if ratio is None else ratio
-    options = Options(asked, scope or "local", multiple_of, keep_at_least, tuple(include), tuple(exclude), dict(ratios or {}), normalize)
+    options = Options(asked, scope or "local", multiple_of, keep_at_least, tuple(include), tuple(exclude), dict(ratios or {}), normalize,
+                      tuple(units))  # fmt: skip
     needs = criteria.get(criterion).needs
     analysis = (
         model if isinstance(model, Analysis) else analyze(model, inputs=inputs, protect_outputs=protect_outputs, stat=stat, stage=stage)
@@ -161,6 +164,7 @@ def plan(
         "keep_at_least": keep_at_least,
         "include": list(include),
         "exclude": list(exclude),
+        "units": list(units),
         "ratios": dict(ratios or {}),
         "seed": seed,
     }
@@ -246,6 +250,7 @@ def prune(
     keep_at_least: int = 1,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    units: Sequence[str] = (),
     ratios: Mapping[str, float] | None = None,
     protect_outputs: bool = True,
     stat: bool = True,
@@ -276,7 +281,7 @@ def prune(
     evidence = evidence_for(analysis, calibration, seed=seed, stage=stage)
     wishes = {
         "criterion": criterion, "scope": scope, "multiple_of": multiple_of, "keep_at_least": keep_at_least, "include": include,
-        "exclude": exclude, "ratios": ratios, "aggregate": aggregate, "normalize": normalize, "swaps": swaps, "loss": loss,
+        "exclude": exclude, "units": units, "ratios": ratios, "aggregate": aggregate, "normalize": normalize, "swaps": swaps, "loss": loss,
         "damping": repair.damping if isinstance(repair, RepairOptions) else DAMPING,
     }  # fmt: skip
     return carried_out(analysis, wishes, ratio=ratio, budget=replace(budget_of(target), repair=repair), evidence=evidence, steps=steps,

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from spa.errors import BadOption
 from spa.groups import Group, Groups
+from spa.kinds import KINDS
 from spa.score import Scores
 from spa.signatures.table import dims_of
 from spa.trace import node_name
@@ -36,6 +37,8 @@ SLACK = 1 / 6  # of a group's size: how far rounding to a block may lead away fr
 class Options:
     """What to remove. `ratios` gives groups (globs or /regexes/ on names) a ratio of their own.
 
+    units: kinds of groups that may shrink (`spa.kinds.KINDS`), all if empty.
+
     normalize: how scores of different groups are made comparable where groups compete (scope global or isomorphic).
     """
 
@@ -47,6 +50,7 @@ class Options:
     exclude: tuple[str, ...] = ()
     ratios: Mapping[str, float] = field(default_factory=dict)
     normalize: str = "mean"
+    units: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, ratio in {"--ratio": self.ratio, **{f"the ratio of {k!r}": v for k, v in self.ratios.items()}}.items():
@@ -147,9 +151,9 @@ def matches(patterns: Iterable[str], names: Iterable[str]) -> bool:
 
 
 def names_of(group: Group, readers: Mapping[str, list[str]]) -> set[str]:
-    """Names that a pattern may mean a group by: its own, its values', and the nodes that touch its constants."""
+    """Names that a pattern may mean a group by: its own, its kind's, its values', and the nodes that touch its constants."""
     values = {v for v, _ in group.sites}
-    return {group.name, *values, *(n for v in values for n in readers.get(v, ()))}
+    return {group.name, f"kind:{group.kind}", *values, *(n for v in values for n in readers.get(v, ()))}
 
 
 def readers_of(groups: Groups) -> dict[str, list[str]]:
@@ -179,11 +183,23 @@ def _selected(groups: Groups, options: Options) -> list[Group]:
             _check_pattern(pattern)
             if not any(matches([pattern], n) for n in names.values()):
                 raise BadOption(f"{option}: {pattern!r} matches no group, node or value; `spa inspect` lists the groups.")
+    _check_units(groups, options.units)
     return [
         g
         for g in groups.free()
         if (not options.include or matches(options.include, names[g.index])) and not matches(options.exclude, names[g.index])
+        and (not options.units or g.kind in options.units)
     ]
+
+
+def _check_units(groups: Groups, units: Iterable[str]) -> None:
+    """Raises BadOption for kinds that no group that may shrink is of."""
+    there = {g.kind for g in groups.free()}
+    for unit in units:
+        if unit not in there:
+            frozen = ", but all of that kind are frozen" if any(g.kind == unit for g in groups.groups) else ""
+            listed = ", ".join(kind for kind in KINDS if kind in there) or "none"
+            raise BadOption(f"--units: {unit!r} is no kind of group that may shrink here{frozen}; the model has: {listed}.")
 
 
 def _own_ratio(group: Group, options: Options, readers: Mapping[str, list[str]]) -> float:

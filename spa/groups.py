@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from spa.atoms import Labels
 from spa.count import Costs, node_costs
+from spa.kinds import kinds_of
 from spa.trace import Axis, Reason, Traced
 
 Site = tuple[str, int]  # (value, axis)
@@ -29,7 +30,7 @@ class Group:
     name: the first stored tensor's axis that it occurs on, "weight:0"; with "#2" where an axis has several groups.
     start, size: its coordinates are the numbers start … start + size - 1 among all coordinates of the graph.
     sites: (value, axis) that it occurs on, in graph order. frozen: why nothing may be removed, None if it may.
-    parameters, macs: what one coordinate costs now (on average, if all others stay).
+    parameters, macs: what one coordinate costs now (on average, if all others stay). kind: what a coordinate is, one of `spa.kinds.KINDS`.
     """
 
     index: int
@@ -40,6 +41,7 @@ class Group:
     frozen: Reason | None
     parameters: float
     macs: float
+    kind: str = "other"
 
     @property
     def coordinates(self) -> slice:
@@ -144,7 +146,9 @@ def find_groups(traced: Traced) -> Groups:
     held = traced.atoms.causes(order[:, None])[:, 0] if len(order) else np.zeros(0, np.int64)
     weights = set(traced.weights)
     groups = tuple(_group(traced, i, starts[i], sizes[i], on, held, costs, weights) for i in range(len(sizes)))
-    return Groups(traced, _named(traced, groups), labels, len(order), families, number)
+    found = Groups(traced, _named(traced, groups), labels, len(order), families, number)
+    kinds = kinds_of(found)
+    return replace(found, groups=tuple(replace(g, kind=kind) for g, kind in zip(found.groups, kinds, strict=True)))
 
 
 def _resolved(traced: Traced) -> tuple[list[Site], list[Labels]]:

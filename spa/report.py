@@ -143,11 +143,11 @@ def pruned(plan: Plan, groups: Mapping[str, Group]) -> RenderableType:
 
     names = sorted(plan.groups, key=lambda n: -saved(n))
     rows = [
-        (Name(n), str(plan.groups[n]["size"]), "→", str(len(plan.groups[n]["kept"])),
+        (Name(n), groups[n].kind if n in groups else "", str(plan.groups[n]["size"]), "→", str(len(plan.groups[n]["kept"])),
          percent(len(plan.groups[n]["kept"]), plan.groups[n]["size"]))
         for n in names
     ]
-    return table(f"Pruned: {count_of(len(names), 'group')}", ("group", ">from", "", ">to", ">left"), rows)
+    return table(f"Pruned: {count_of(len(names), 'group')}", ("group", "kind", ">from", "", ">to", ">left"), rows)
 
 
 def frozen(causes: Sequence[Cause], totals: Counts, *, limit: int | None = LIMIT) -> RenderableType:
@@ -212,10 +212,10 @@ def repair_data(repaired: Repaired) -> dict[str, Any]:
 def groups_table(groups: Sequence[Group], *, limit: int | None = LIMIT) -> RenderableType:
     """Groups with what one channel costs, the most costly first."""
     rows = [
-        (Name(g.name), str(g.size), str(len(g.sites)), amount(g.parameters), amount(g.macs))
+        (Name(g.name), g.kind, str(g.size), str(len(g.sites)), amount(g.parameters), amount(g.macs))
         for g in sorted(groups, key=lambda g: -g.parameters * g.size)
     ]
-    head = ("group", ">size", ">sites", ">params/channel", ">MACs/channel")
+    head = ("group", "kind", ">size", ">sites", ">params/channel", ">MACs/channel")
     return table(f"Free: {count_of(len(rows), 'group')}", head, rows, limit=limit)
 
 
@@ -230,7 +230,7 @@ def group_details(group: Group, *, limit: int = LIMIT) -> RenderableType:
     costs = f"  one channel costs {amount(group.parameters)} parameters, {amount(group.macs)} MACs\n"
     state = Fitted(("  stays: ", *because(group.frozen))) if group.frozen else Text("  may shrink")
     sites = [(Name(v), str(a)) for v, a in group.sites]
-    head = Fitted((Name(group.name), f": {count_of(group.size, 'channel')}"), style="bold cyan")
+    head = Fitted((Name(group.name), f": {count_of(group.size, 'channel')}, kind: {group.kind}"), style="bold cyan")
     return Lines(head, state, Text(costs), table(f"On {count_of(len(sites), 'axis', 'axes')}", ("value", ">axis"), sites, limit=limit))
 
 
@@ -325,8 +325,8 @@ def reason_data(reason: Reason | None) -> dict[str, Any] | None:
 
 def group_data(group: Group, *, sites: bool = True) -> dict[str, Any]:
     """A group with exact costs of one channel."""
-    found = {"name": group.name, "size": group.size, "parameters_per_channel": group.parameters, "macs_per_channel": group.macs,
-             "frozen": reason_data(group.frozen)}
+    found = {"name": group.name, "kind": group.kind, "size": group.size,
+             "parameters_per_channel": group.parameters, "macs_per_channel": group.macs, "frozen": reason_data(group.frozen)}
     return {**found, "sites": [list(s) for s in group.sites]} if sites else found
 
 

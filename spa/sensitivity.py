@@ -93,6 +93,7 @@ def sensitivity(
     keep_at_least: int = 1,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    units: Sequence[str] = (),
     protect_outputs: bool = True,
     stat: bool = True,
     inputs: Mapping[str, Sequence[int]] | None = None,
@@ -125,7 +126,7 @@ def sensitivity(
     grid(asked, (), (criterion,), (repair,), ("local",), ("auto",))
     if repair not in ("none", "fold") and calibration is None:
         raise BadOption(f"--repair {repair} fits layers to data: give some with --calibration (none draws noise).")
-    options = Options(asked[0], "local", multiple_of, keep_at_least, tuple(include), tuple(exclude), {}, normalize)
+    options = Options(asked[0], "local", multiple_of, keep_at_least, tuple(include), tuple(exclude), {}, normalize, tuple(units))
     block = find(provider, "provider").block()
     parallel.check_jobs(jobs, backend)
     wishes = {"aggregate": aggregate, "normalize": normalize, "loss": loss}

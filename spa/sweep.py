@@ -67,6 +67,7 @@ def sweep(
     keep_at_least: int = 1,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    units: Sequence[str] = (),
     ratios: Mapping[str, float] | None = None,
     protect_outputs: bool = True,
     stat: bool = True,
@@ -116,7 +117,7 @@ def sweep(
     settings = grid(_several(ratio), _several(target), _several(criterion), methods, _several(scope), _several(allocation))
     wishes = {
         "multiple_of": multiple_of, "keep_at_least": keep_at_least, "include": tuple(include), "exclude": tuple(exclude),
-        "ratios": dict(ratios or {}), "aggregate": aggregate, "normalize": normalize, "swaps": swaps, "loss": loss,
+        "units": tuple(units), "ratios": dict(ratios or {}), "aggregate": aggregate, "normalize": normalize, "swaps": swaps, "loss": loss,
     }  # fmt: skip
     _check(settings, wishes, calibration is not None, provider, bench, seconds, time_limit, jobs, backend)
     lab = experiment.prepare(

@@ -191,7 +191,7 @@ def test_inspect_json_names_groups_sites_and_causes(made):
 
 
 def test_inspect_one_group(made):
-    assert "w1:0: 32 channels\n  may shrink\n" in run("inspect", made / "m.onnx", "--group", "w1:0").stdout
+    assert "w1:0: 32 channels, kind: channel\n  may shrink\n" in run("inspect", made / "m.onnx", "--group", "w1:0").stdout
     data = json.loads(run("inspect", made / "m.onnx", "--group", "w?:0", "--json").stdout)
     assert [g["name"] for g in data["groups"]] == ["w1:0", "w3:0", "w4:0"]
 

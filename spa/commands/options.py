@@ -69,9 +69,12 @@ Report = Annotated[Path | None, typer.Option(
 MultipleOf = Annotated[str, typer.Option("--multiple-of", metavar="N|auto", help="Round widths; auto: what the CPU provider likes.")]
 KeepAtLeast = Annotated[int, typer.Option("--keep-at-least", help="Channels that every group keeps.")]
 Include = Annotated[list[str] | None, typer.Option(
-    "--include", metavar="PATTERN", help="Only groups, nodes and values of this glob or /regex/.")]
+    "--include", metavar="PATTERN", help="Only groups, nodes and values of this glob or /regex/, or kind:head.")]
 Exclude = Annotated[list[str] | None, typer.Option(
     "--exclude", metavar="PATTERN", help="Not these; may be given more than once, like --include.")]
+Units = Annotated[str | None, typer.Option(
+    "--units", metavar="KIND,…", help="Only groups of these kinds: head, neuron, channel, …, as `spa inspect` shows them.",
+    show_default=False)]
 Ratios = Annotated[Path | None, typer.Option("--ratios", metavar="FILE", help="YAML or TOML: pattern -> ratio of its own.")]
 Protect = Annotated[bool, typer.Option("--protect-outputs/--no-protect-outputs", help="Leave the outputs' axes whole.")]
 NoStat = Annotated[bool, typer.Option("--no-stat", help="Leave axes that a normalisation runs over.")]

@@ -36,7 +36,8 @@ from spa.store import load
 def plan(
     model: given.ModelFile, output: given.PlanOut, ratio: given.Ratio = None, scope: given.Scope = None,
     criterion: given.Criterion = "l2", multiple_of: given.MultipleOf = "auto", keep_at_least: given.KeepAtLeast = 1,
-    include: given.Include = None, exclude: given.Exclude = None, ratios: given.Ratios = None, protect_outputs: given.Protect = True,
+    include: given.Include = None, exclude: given.Exclude = None, units: given.Units = None, ratios: given.Ratios = None,
+    protect_outputs: given.Protect = True,
     no_stat: given.NoStat = False, seed: given.Seed = 0, inputs: given.Inputs = None, calibration: given.Source = None,
     preprocess: given.Preprocess = None, tokenizer: given.Tokenizer = None, samples: given.Samples = 256, batch: given.Batch = 32,
     length: given.Length = None, labels: given.Labels = None, aggregate: given.Aggregate = None, normalize: given.Normalize = "mean",
@@ -50,8 +51,8 @@ def plan(
     reads = reading.data_files({"--output": output}, calibration, preprocess, tokenizer, evaluate)
     reading.check_outputs({"--output": output}, [model, ratios, *reads])
     mending = reading.repair_options(repair, calibration, damping, "pruned", "dense", False, None)
-    wishes = _wishes(ratio, scope, criterion, multiple_of, keep_at_least, include, exclude, ratios, normalize, aggregate, swaps, loss,
-                     damping)
+    wishes = _wishes(ratio, scope, criterion, multiple_of, keep_at_least, include, exclude, units, ratios, normalize, aggregate, swaps,
+                     loss, damping)
     budget = _budget(ratio, scope, target, allocation, max_drop, metric, output_name, provider, threads, time_limit, mending)
     analysis = analysis_of(term, model, inputs, protect_outputs, not no_stat, outputs={"--output": output})
     evidence = evidence_of(term, analysis, calibration, preprocess, tokenizer, samples, batch, length, labels, seed)
@@ -105,8 +106,9 @@ def prune(
     plan_out: Annotated[Path | None, typer.Option("--plan-out", metavar="PLAN", help="Where to write the plan; by default OUT's name "
                                                   "with .plan.json.", show_default=False)] = None,
     scope: given.Scope = None, criterion: given.Criterion = "l2", multiple_of: given.MultipleOf = "auto",
-    keep_at_least: given.KeepAtLeast = 1, include: given.Include = None, exclude: given.Exclude = None, ratios: given.Ratios = None,
-    protect_outputs: given.Protect = True, no_stat: given.NoStat = False, seed: given.Seed = 0, no_check: given.NoCheck = False,
+    keep_at_least: given.KeepAtLeast = 1, include: given.Include = None, exclude: given.Exclude = None, units: given.Units = None,
+    ratios: given.Ratios = None, protect_outputs: given.Protect = True, no_stat: given.NoStat = False, seed: given.Seed = 0,
+    no_check: given.NoCheck = False,
     tolerance: given.Tolerance = TOLERANCE, inputs: given.Inputs = None, feeds: given.FeedsFile = None, no_bench: given.NoBench = False,
     threads: given.Threads = 0, calibration: given.Source = None, preprocess: given.Preprocess = None,
     tokenizer: given.Tokenizer = None, samples: given.Samples = 256, batch: given.Batch = 32, length: given.Length = None,
@@ -124,8 +126,8 @@ def prune(
     written = _written(output, reading.plan_name(output) if plan_out is None else plan_out, repaired_out) | reported.target(report_file)
     reading.check_outputs(written, [model, ratios, feeds, *reading.data_files(written, calibration, preprocess, tokenizer, evaluate)])
     reading.check_tolerance(tolerance)
-    wishes = _wishes(ratio, scope, criterion, multiple_of, keep_at_least, include, exclude, ratios, normalize, aggregate, swaps, loss,
-                     damping)
+    wishes = _wishes(ratio, scope, criterion, multiple_of, keep_at_least, include, exclude, units, ratios, normalize, aggregate, swaps,
+                     loss, damping)
     budget = _budget(ratio, scope, target, allocation, max_drop, metric, output_name, provider, threads, time_limit, mending)
     if repaired_out is not None and steps > 1:
         raise BadOption("--repaired-out goes with one step: after more there is no model of the first one's shape that was repaired alone.")
@@ -151,17 +153,18 @@ def prune(
 
 def _wishes(
     ratio: float | None, scope: str | None, criterion: str, multiple_of: str, keep_at_least: int, include: list[str] | None,
-    exclude: list[str] | None, ratios: Path | None, normalize: str, aggregate: str | None, swaps: int, loss: str, damping: float,
+    exclude: list[str] | None, units: str | None, ratios: Path | None, normalize: str, aggregate: str | None, swaps: int, loss: str,
+    damping: float,
 ) -> dict[str, Any]:
     """What `api.plan` is told, checked before anything is read."""
     criteria.get(criterion)
     width, own = reading.multiple_of(multiple_of), reading.read_ratios(ratios)
     options = Options(0.5 if ratio is None else ratio, scope or "local", width, keep_at_least, tuple(include or ()), tuple(exclude or ()),
-                      own, normalize)
+                      own, normalize, reading.units(units))
     return {
         "scope": scope, "criterion": criterion, "multiple_of": width, "keep_at_least": keep_at_least,
-        "include": options.include, "exclude": options.exclude, "ratios": own, "normalize": normalize, "aggregate": aggregate,
-        "swaps": swaps, "loss": loss, "damping": damping,
+        "include": options.include, "exclude": options.exclude, "units": options.units, "ratios": own, "normalize": normalize,
+        "aggregate": aggregate, "swaps": swaps, "loss": loss, "damping": damping,
     }  # fmt: skip
 
 

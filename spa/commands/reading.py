@@ -16,6 +16,7 @@ from onnx import helper
 from spa.errors import BadFile, BadOption
 from spa.feeds import Feeds
 from spa.files import check_target
+from spa.kinds import KINDS
 from spa.repair import RepairOptions
 from spa.samples import reason
 from spa.settings_file import read_settings
@@ -44,6 +45,17 @@ def repair_options(
     if chosen.method not in ("none", "fold") and source is None:
         raise BadOption(f"--repair {chosen.method} fits layers to data: give some with --calibration (none draws noise).")
     return chosen
+
+
+def units(text: str | None) -> tuple[str, ...]:
+    """Kinds of groups from a list with commas, each once. Raises BadOption for what is no kind."""
+    found = tuple(dict.fromkeys(part.strip() for part in (text or "").split(",") if part.strip()))
+    for kind in found:
+        if kind not in KINDS:
+            raise BadOption(f"--units: there is no kind {kind!r}; the choice is: {', '.join(KINDS)}.")
+    if text is not None and not found:
+        raise BadOption("--units is empty: give kinds of groups, such as head,neuron.")
+    return found
 
 
 def read_ratios(path: Path | None) -> dict[str, float]:

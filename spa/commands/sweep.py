@@ -64,7 +64,8 @@ def sweep(
     jobs: Jobs = 1, backend: Backend = "loky",
     retry: Annotated[bool, typer.Option("--retry", help="Try points again that failed before.")] = False,
     multiple_of: given.MultipleOf = "auto", keep_at_least: given.KeepAtLeast = 1, include: given.Include = None,
-    exclude: given.Exclude = None, ratios: given.Ratios = None, protect_outputs: given.Protect = True, no_stat: given.NoStat = False,
+    exclude: given.Exclude = None, units: given.Units = None, ratios: given.Ratios = None,
+    protect_outputs: given.Protect = True, no_stat: given.NoStat = False,
     inputs: given.Inputs = None, seed: given.Seed = 0, no_check: given.NoCheck = False, tolerance: given.Tolerance = TOLERANCE,
     aggregate: given.Aggregate = None, normalize: given.Normalize = "mean", swaps: given.Swaps = 0, loss: given.Loss = "auto",
     damping: given.Damping = DAMPING, repair_inputs: given.RepairInputs = "pruned", repair_target: given.RepairTarget = "dense",
@@ -96,8 +97,9 @@ def sweep(
     with progress(term) as tell:
         found = prune_all(
             analysis, output, **wanted, multiple_of=reading.multiple_of(multiple_of), keep_at_least=keep_at_least,
-            include=tuple(include or ()), exclude=tuple(exclude or ()), ratios=reading.read_ratios(ratios), seed=seed, check=not no_check,
-            tolerance=tolerance, calibration=data[0], evaluate=data[1], metric=metric, output=output_name, aggregate=aggregate,
+            include=tuple(include or ()), exclude=tuple(exclude or ()), units=reading.units(units),
+            ratios=reading.read_ratios(ratios), seed=seed, check=not no_check, tolerance=tolerance, calibration=data[0], evaluate=data[1],
+            metric=metric, output=output_name, aggregate=aggregate,
             normalize=normalize, swaps=swaps, loss=loss, repair_options=mending, provider=provider, threads=threads,
             time_limit=time_limit, bench=bench, seconds=seconds, jobs=jobs, backend=backend, retry=retry, tell=tell, stage=term.stage,
         )  # fmt: skip
@@ -124,8 +126,9 @@ def sensitivity(
     preprocess: given.Preprocess = None, tokenizer: given.Tokenizer = None, samples: given.Samples = 256, batch: given.Batch = 32,
     length: given.Length = None, labels: given.Labels = None, provider: given.Provider = "cpu", jobs: Jobs = 1, backend: Backend = "loky",
     multiple_of: given.MultipleOf = "auto", keep_at_least: given.KeepAtLeast = 1, include: given.Include = None,
-    exclude: given.Exclude = None, protect_outputs: given.Protect = True, no_stat: given.NoStat = False, inputs: given.Inputs = None,
-    seed: given.Seed = 0, aggregate: given.Aggregate = None, normalize: given.Normalize = "mean", loss: given.Loss = "auto",
+    exclude: given.Exclude = None, units: given.Units = None, protect_outputs: given.Protect = True,
+    no_stat: given.NoStat = False, inputs: given.Inputs = None, seed: given.Seed = 0, aggregate: given.Aggregate = None,
+    normalize: given.Normalize = "mean", loss: given.Loss = "auto",
     damping: given.Damping = DAMPING, repair_inputs: given.RepairInputs = "pruned", repair_target: given.RepairTarget = "dense",
     no_norms: given.NoNorms = False, as_json: given.Json = False, verbose: given.Verbose = False,
 ) -> int:
@@ -143,8 +146,8 @@ def sensitivity(
     with progress(term) as tell:
         found = shrink_each(
             analysis, ratio=shares, criterion=criterion, repair=repair, multiple_of=reading.multiple_of(multiple_of),
-            keep_at_least=keep_at_least, include=tuple(include or ()), exclude=tuple(exclude or ()), seed=seed, calibration=data[0],
-            evaluate=data[1], metric=metric, output=output_name, aggregate=aggregate, normalize=normalize, loss=loss,
+            keep_at_least=keep_at_least, include=tuple(include or ()), exclude=tuple(exclude or ()), units=reading.units(units), seed=seed,
+            calibration=data[0], evaluate=data[1], metric=metric, output=output_name, aggregate=aggregate, normalize=normalize, loss=loss,
             repair_options=mending, provider=provider, jobs=jobs, backend=backend, tell=tell, stage=term.stage,
         )  # fmt: skip
     if files:

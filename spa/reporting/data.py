@@ -7,7 +7,7 @@
     latency           a list of what `spa.report.race_data` gives, one a provider
     quality           metric -> {before, after}
     budget            the record that a plan keeps of its budget, or None
-    groups            name, size, kept, the parameters and MACs that lie on it, the reason that it stays
+    groups            name, kind, size, kept, the parameters and MACs that lie on it, the reason that it stays
     network           `spa.reporting.network`
     repair            what `spa.report.repair_data` gives, or None
     frozen, notes     causes of freezing; groups that keep more than was asked for
@@ -100,6 +100,7 @@ def _groups(groups: Groups, plan: Plan, batch: int) -> list[dict[str, Any]]:
     for group in channels(groups):
         entry = plan.groups.get(group.name)
         kept = group.size if entry is None else len(entry["kept"])
-        found.append({"name": group.name, "size": group.size, "kept": kept, "parameters": parameters.get(group.index, 0),
-                      "macs": macs.get(group.index, 0) // batch, "sites": len(group.sites), "frozen": report.reason_data(group.frozen)})
+        found.append({"name": group.name, "kind": group.kind, "size": group.size, "kept": kept,
+                      "parameters": parameters.get(group.index, 0), "macs": macs.get(group.index, 0) // batch, "sites": len(group.sites),
+                      "frozen": report.reason_data(group.frozen)})
     return sorted(found, key=lambda g: (-g["macs"], -g["parameters"]))

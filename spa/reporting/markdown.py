@@ -93,10 +93,11 @@ def _groups(data: Mapping[str, Any]) -> str:
         filled = round(16 * group["kept"] / group["size"]) if group["size"] else 16
         state = "frozen" if group["frozen"] else ""
         shares = (percent(group[k], data["before"][k]) for k in ("macs", "parameters"))
-        return (code(group["name"]), f"{group['size']} → {group['kept']}", "█" * filled + "░" * (16 - filled), *shares, state)
+        bar = "█" * filled + "░" * (16 - filled)
+        return (code(group["name"]), group["kind"], f"{group['size']} → {group['kept']}", bar, *shares, state)
 
     rows = [row(g) for g in data["groups"]]
-    return "## Groups\n\n" + _table(("group", ">channels", "kept", ">MACs", ">parameters", ""), rows) if rows else ""
+    return "## Groups\n\n" + _table(("group", "kind", ">channels", "kept", ">MACs", ">parameters", ""), rows) if rows else ""
 
 
 def _network(network: Mapping[str, Any]) -> str:

@@ -28,6 +28,8 @@ BitCast RandomNormalLike RandomUniformLike""".split()
 BROADCAST = """Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean
 Min Mod Mul Or Pow PRelu Sub Sum Where Xor""".split()
 
+ADDITIONS = frozenset({"Add", "Sum", "Sub"})
+
 
 def spread(shape: Shape, over: Shape, names: Sequence[str] | None = None) -> Operand:
     """Terms of an operand that is spread over a result, aligned at the last axis."""
@@ -77,7 +79,8 @@ def broadcast(node: NodeView) -> Signature | Refusal:
         return legacy
     if out is None:
         return Refusal("the shape of an operand is unknown")
-    return Signature(tuple(spread(s, out) for s in shapes), tuple(spread(out, out) for _ in node.outputs))
+    adds = tuple(range(len(shapes))) if node.op in ADDITIONS else ()
+    return Signature(tuple(spread(s, out) for s in shapes), tuple(spread(out, out) for _ in node.outputs), adds=adds)
 
 
 def legacy_axis(node: NodeView) -> Signature | None:

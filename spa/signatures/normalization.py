@@ -89,7 +89,8 @@ def _layer(node: NodeView, data: int, skips: tuple[int, ...], scales: tuple[int,
     outputs = tuple(whole if i == 0 or i in sums else reduced for i in range(len(node.outputs)))
     scale = scales[0] if len(node.inputs) > scales[0] and node.present[scales[0]] else None
     bias = scales[1] if len(node.inputs) > scales[1] and node.present[scales[1]] and node.op in CENTRED else None
-    return Signature(inputs, outputs, {"r": STAT, "a": MAP}, affine=None if scale is None else (scale, bias))
+    adds = (data, *skips) if skips else ()
+    return Signature(inputs, outputs, {"r": STAT, "a": MAP}, affine=None if scale is None else (scale, bias), adds=adds)
 
 
 @signature("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")

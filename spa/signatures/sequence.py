@@ -71,7 +71,7 @@ def attention(node: NodeView) -> Signature | Refusal:
     return make(
         node, f"{text}, {masks}, b kv p d, b kv p e, b -> {out}, b kv u d, b kv u e, b (kv g) t u",
         sizes=sizes, carries=carries, macs=(("b", "kv", "g", "t", "s", "d"), ("b", "kv", "g", "t", "s", "e")),
-        d=SUM, t=FIXED, s=FIXED, p=FIXED, u=FIXED, mt=FIXED, ms=FIXED,
+        d=SUM, t=FIXED, s=FIXED, p=FIXED, u=FIXED, mt=FIXED, ms=FIXED, roles={"kv": "head", "g": "query", "d": "qk", "e": "vo"},
     )
 
 
@@ -116,7 +116,8 @@ def multi_head_attention(node: NodeView) -> Signature | Refusal:
     if not node.attrs.get("scale"):
         carries.append(Carry("scale", value=1 / math.sqrt(query[2] // heads)))
     return make(node, "b t (h d), b s (h d), b s (h e) -> b t (h e)", sizes={"h": heads}, carries=carries,
-                macs=(("b", "h", "t", "s", "d"), ("b", "h", "t", "s", "e")), d=SUM, t=FIXED, s=FIXED)
+                macs=(("b", "h", "t", "s", "d"), ("b", "h", "t", "s", "e")), d=SUM, t=FIXED, s=FIXED,
+                roles={"h": "head", "d": "qk", "e": "vo"})
 
 
 @signature("Attention", domain="com.microsoft")
@@ -133,4 +134,4 @@ def packed_attention(node: NodeView) -> Signature | Refusal:
         carries.append(Carry("scale", value=1 / math.sqrt(weight[1] // 3 // heads)))
     return make(node, "b s i, i (3 h d), (3 h d), - -> b s (h d)", sizes=sizes, carries=carries,
                 macs=(("b", "s", "i", 3, "h", "d"), (2, "b", "h", "s", "s", "d")), i=SUM, d=SUM, s=FIXED,
-                linear=(Linear(0, 1, 2),), b=FIXED if any(node.present[3:]) else MAP)
+                linear=(Linear(0, 1, 2),), b=FIXED if any(node.present[3:]) else MAP, roles={"h": "head", "d": "head-width"})

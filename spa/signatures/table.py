@@ -156,6 +156,9 @@ class Signature:
     linear: tuple[Linear, ...] = ()  # the linear maps in it, by their data operands
     moments: tuple[int, int] | None = None  # inputs that hold a stored mean and variance of input 0, a dim each channel
     affine: tuple[int, int | None] | None = None  # inputs that hold the scale and bias of what a normalisation gives
+    adds: tuple[int, ...] = ()  # inputs that are added up, element by element
+    picked: tuple[str, ...] = ()  # dims of which positions are picked by data
+    roles: Mapping[str, str] = field(default_factory=dict)  # of dims in an operator that holds an attention, see `spa.kinds`
 
     def __str__(self) -> str:
         def operand(axes: Operand) -> str:
@@ -281,6 +284,7 @@ def make(
     kinds: Mapping[str, Kind] | None = None,
     linear: tuple[Linear, ...] = (),
     moments: tuple[int, int] | None = None,
+    roles: Mapping[str, str] | None = None,
     **more: Kind,
 ) -> Signature | Refusal:
     """Signature of a node from its pattern.
@@ -324,7 +328,8 @@ def make(
             fixed.setdefault(name, "counts parts that the operator always has")
     for i in range(1, len(blank) + 1):
         all_kinds[f"_{i}"] = FIXED
-    return Signature(inputs, tuple(outputs), all_kinds, fixed, known, tuple(carries), macs=macs, linear=linear, moments=moments)
+    return Signature(inputs, tuple(outputs), all_kinds, fixed, known, tuple(carries), macs=macs, linear=linear, moments=moments,
+                     roles=dict(roles or {}))
 
 
 def _rank(tokens: Iterable[str], stars: Mapping[str, int]) -> int | None:
