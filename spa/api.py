@@ -125,6 +125,7 @@ def plan(
     analysis = (
         model if isinstance(model, Analysis) else analyze(model, inputs=inputs, protect_outputs=protect_outputs, stat=stat, stage=stage)
     )
+    analysis.given.origin.prepare()  # plans name their model by its hash, which takes as long as reading the file
     groups = analysis.groups
     wants = needs or swaps or budget.asks or budget.judges
     evidence = evidence_for(analysis, calibration, seed=seed, stage=stage) if wants else None

@@ -7,6 +7,12 @@ process's affinity nor OMP_NUM_THREADS for an answer.
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+T = TypeVar("T")
 
 _share = 0
 
@@ -30,3 +36,17 @@ def cores() -> int:
 def threads_each(jobs: int) -> int:
     """Threads for each of so many processes, at least one."""
     return max(cores() // max(jobs, 1), 1)
+
+
+def in_background(function: Callable[[], T]) -> Future[T]:
+    """The result to come of a function that runs beside what is done next, in a thread that does not keep the process from ending."""
+    found: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            found.set_result(function())
+        except BaseException as error:  # whoever asks for the result gets it
+            found.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return found

@@ -9,13 +9,11 @@ the answer is a `Model` or a `SpaError` that says what to do.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import secrets
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import onnx_graphsurgeon as gs
@@ -29,6 +27,7 @@ from spa import wire
 from spa.errors import BadFile, BadModel, BadOption, SpaError, UnsupportedModel
 from spa.exporter import constants, export
 from spa.files import Pieces, write_files
+from spa.origin import Origin
 from spa.protos import Notes, check_graph, check_model, check_text, inline_functions, take_notes
 from spa.sources import Sources, without_data
 
@@ -48,33 +47,6 @@ _FOREIGN = (
     (b"version https://git-lfs", "is a pointer of Git LFS, not the model itself; fetch it with `git lfs pull`"),
     (b"\x89HDF", "is an HDF5 file; export the model to ONNX first"),
 )
-
-
-@dataclass(frozen=True, eq=False)
-class Origin:
-    """What a model was read from.
-
-    Attributes
-    ----------
-    files
-        Paths of the model file and its external files.
-    nbytes
-        Bytes of them all.
-    read
-        Gives these bytes, in pieces.
-    """
-
-    files: tuple[str, ...]
-    nbytes: int
-    read: Callable[[], Iterator[wire.Buffer]]
-
-    @cached_property
-    def sha256(self) -> str:
-        """Hash of all bytes, the model file first, its external files in the order of their names."""
-        digest = hashlib.sha256()
-        for piece in self.read():
-            digest.update(piece)
-        return digest.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -310,9 +282,7 @@ def to_bytes(model: Model) -> bytes:
     skeleton, location, weights = _skeleton(model)
     parts = wire.splice(skeleton, location, lambda proto, key: wire.inline(proto, weights[key]))
     if wire.length(parts) > LARGEST_FILE:
-        raise UnsupportedModel(
-            "the model comes to 2 GiB or more, which protobuf cannot hold; save it to a file instead"
-        )
+        raise UnsupportedModel("the model comes to 2 GiB or more, which protobuf cannot hold; save it to a file instead")
     return b"".join(wire.stream(parts))
 
 
@@ -338,9 +308,7 @@ def _skeleton(model: Model) -> tuple[bytes, str, list[Weight]]:
     return proto.SerializeToString(deterministic=True), location, weights
 
 
-def save(
-    model: Model, path: str | os.PathLike[str], *, external: bool | None = None, beside: Sequence[tuple[Path, Pieces]] = ()
-) -> None:
+def save(model: Model, path: str | os.PathLike[str], *, external: bool | None = None, beside: Sequence[tuple[Path, Pieces]] = ()) -> None:
     """Write a model to a file, all or nothing.
 
     Parameters

@@ -5,8 +5,6 @@ Each stored tensor is read once and leaves nothing behind but sums; statistics o
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,19 +17,16 @@ from numpy.typing import NDArray
 from passes import Weight
 from spa import criteria, select, solve
 from spa.criteria import Slice
-from spa.errors import BadModel
 from spa.feeds import Feeds
 from spa.groups import Group, Groups
 from spa.linear import Layer, find_layers
 from spa.observe import MEMORY, Part, Vectors, draw_rows, observe, parts_of, stream
 from spa.rows import rows
 from spa.store import Model
-from spa.trace import constant_values
+from spa.sums import Sums
 from spa.view import dtype_holds_weights
 
 Array = NDArray[np.float64]
-
-BLOCK = 4 << 20  # elements that are scored at a time, which bounds memory
 
 
 @dataclass(frozen=True)
@@ -341,91 +336,3 @@ def _rows_of(flat: NDArray[np.floating], labels: NDArray[np.int64], group: Group
     found = np.zeros((group.size, int(counts.max(initial=0)), flat.shape[1]), flat.dtype)
     found[channel, place] = flat[position]
     return found.reshape(group.size, -1)
-
-
-class Sums:
-    """Sums of powers by coordinate over all weights, made when first asked for."""
-
-    def __init__(self, graph: gs.Graph, groups: Groups) -> None:
-        self.graph, self.groups = graph, groups
-        self.made: dict[float, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
-        self.places: dict[tuple[float, str, int], tuple[bool, NDArray[np.float64]]] = {}  # (p, tensor, axis) -> matrix?, sums
-
-    def of(self, p: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """(total,) sums over matrices, and over vectors (one number a channel: biases, norms' scales)."""
-        if p not in self.made:
-            matrices, vectors = np.zeros(self.groups.total + 1), np.zeros(self.groups.total + 1)
-            free = np.zeros(self.groups.total + 1, bool)
-            for group in self.groups.free():
-                free[group.start + 1 : group.start + 1 + group.size] = True
-            for name, tensor in constant_values(self.graph).items():
-                if dtype_holds_weights(tensor.dtype):
-                    self._add(name, tensor, p, free, matrices, vectors)
-            self.made[p] = matrices[1:], vectors[1:]
-        return self.made[p]
-
-    def _add(
-        self,
-        name: str,
-        tensor: gs.Constant,
-        p: float,
-        free: NDArray[np.bool_],
-        matrices: NDArray[np.float64],
-        vectors: NDArray[np.float64],
-    ) -> None:
-        shape = tuple(tensor.shape)
-        axes = [a for a in range(len(shape)) if (name, a) in self.groups.labels and free[self.groups.labels[name, a]].any()]
-        if not axes:
-            return
-        for axis, sums in _powers(tensor, axes, p).items():
-            if not np.isfinite(sums).all():
-                raise BadModel(f"Tensor {name!r} holds NaN or infinity, so its channels can't be scored: repair the model first.")
-            matrix = int(np.prod(shape)) > shape[axis]
-            self.places[p, name, axis] = matrix, sums
-            into = matrices if matrix else vectors
-            labels = self.groups.labels[name, axis]
-            for column in labels.T:
-                np.add.at(into, column, sums)
-
-
-def _powers(tensor: gs.Constant, axes: Sequence[int], p: float) -> dict[int, NDArray[np.float64]]:
-    """(length of axis,) sum of |w|^p over all other axes, for each of `axes`; the tensor is read once, in blocks of rows."""
-    weight = tensor._values if isinstance(tensor._values, Weight) else Weight.of_array(tensor.values)
-    sums = {axis: np.zeros(tensor.shape[axis]) for axis in axes}
-    step = max(1, BLOCK // max(math.prod(tensor.shape[1:]), 1))
-    for start, found in zip(itertools.count(0, step), weight.rows(step), strict=False):
-        block = _magnitudes(found)
-        for axis in axes:
-            part = _along(block, axis, p)
-            if axis:
-                sums[axis] += part
-            else:
-                sums[0][start : start + step] = part
-    return sums
-
-
-def _magnitudes(block: NDArray[Any]) -> NDArray[np.floating]:
-    """The block up to signs, in float32 or float64.
-
-    Half precision by its bits, ten times faster than numpy's conversion: exponent and fraction are moved to where float32 has
-    them, and the product with 2^112 corrects the exponent's bias, subnormal numbers included.
-    """
-    if block.dtype in (np.float32, np.float64):
-        return block
-    if block.dtype != np.float16:
-        return np.asarray(block.astype(np.float32))
-    bits = np.ascontiguousarray(block).view(np.uint16).astype(np.uint32)
-    bits &= 0x7FFF
-    bits <<= 13
-    found = bits.view(np.float32)
-    found *= np.float32(2.0**112)
-    if found.size and found.max() >= 65536:  # the exponent that float16 keeps for infinity and NaN
-        found[found >= 65536] = np.inf
-    return found
-
-
-def _along(block: NDArray[np.floating], axis: int, p: float) -> NDArray[np.float64]:
-    cube = block.reshape(int(np.prod(block.shape[:axis])), block.shape[axis], -1)
-    if p == 2:
-        return np.asarray(np.einsum("aib,aib->i", cube, cube), np.float64)
-    return np.asarray((np.abs(cube) ** p if p != 1 else np.abs(cube)).sum(axis=(0, 2)), np.float64)
