@@ -61,12 +61,14 @@ def analyze(
     inputs: Mapping[str, Sequence[int]] | None = None,
     protect_outputs: bool = True,
     stat: bool = True,
+    keep_state: bool = False,
     edits: Sequence[Edit | Mapping[str, Any]] = (),
     stage: Stage = quiet,
 ) -> Analysis:
     """Loads, edits, normalises, traces and groups.
 
-    inputs: fixes the shape of inputs of the model as given. edits: changes that come first, see `spa.edits`. stage: is told what goes on.
+    inputs: fixes the shape of inputs of the model as given. edits: changes that come first, see `spa.edits`. stage: is told what goes on;
+    for the rest see `trace`.
     Raises SpaError; BadPlan for edits that do not fit the model.
     """
     with stage("reading"):
@@ -77,11 +79,10 @@ def analyze(
     with stage("finding shapes"):
         normal = normalize(changed.model, {k: v for k, v in (inputs or {}).items() if k not in gone})
     with stage("tracing"):
-        traced = trace(normal.model.graph, normal.facts, protect_outputs=protect_outputs, stat=stat)
+        traced = trace(normal.model.graph, normal.facts, protect_outputs=protect_outputs, stat=stat, keep_state=keep_state)
         groups = find_groups(traced)
-    settings: dict[str, Any] = {
-        "protect_outputs": protect_outputs, "stat": stat, "inputs": {k: list(v) for k, v in (inputs or {}).items()},
-    }  # fmt: skip
+    shapes = {k: list(v) for k, v in (inputs or {}).items()}
+    settings: dict[str, Any] = {"protect_outputs": protect_outputs, "stat": stat, "keep_state": keep_state, "inputs": shapes}
     if changes:
         settings["edits"] = [e.record for e in changes]
     return Analysis(given, changed.model, normal, groups, settings, changes, changed.left_out)
@@ -105,5 +106,5 @@ def analyzed_for(
     given = opened(model)
     check_belongs(plan, given, other_weights=other_weights)
     how = plan.trace
-    return analyze(given, inputs=inputs or how.get("inputs"), protect_outputs=bool(how.get("protect_outputs", True)),
-                   stat=bool(how.get("stat", True)), edits=how.get("edits", ()), stage=stage)  # fmt: skip
+    flags = {k: bool(how.get(k, True)) for k in ("protect_outputs", "stat", "keep_state")}  # before there were states they were kept
+    return analyze(given, inputs=inputs or how.get("inputs"), edits=how.get("edits", ()), stage=stage, **flags)

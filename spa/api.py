@@ -32,6 +32,7 @@ from spa.repair import Repaired, RepairOptions
 from spa.score import Known, score
 from spa.solve import DAMPING
 from spa.stages import Stage, collector_paused, quiet
+from spa.state import feeds_for
 from spa.steps import Stages, prune_in_steps
 from spa.store import Model, save, to_proto
 from spa.views import Data
@@ -90,6 +91,7 @@ def plan(
     ratios: Mapping[str, float] | None = None,
     protect_outputs: bool = True,
     stat: bool = True,
+    keep_state: bool = False,
     inputs: Mapping[str, Sequence[int]] | None = None,
     seed: int = 0,
     calibration: Any = None,
@@ -108,7 +110,8 @@ def plan(
     registry. scope: local, global or isomorphic. multiple_of: widths are rounded to it; "auto" is what the provider likes.
     include, exclude: globs or /regexes/ on the names of groups, nodes and values, or "kind:head". units: kinds of groups that may shrink
     (`spa.kinds.KINDS`), all if empty. ratios: pattern -> ratio of its own.
-    stat: whether axes that a normalisation runs over may shrink. calibration: data for criteria that look at any: a `Calibration`, an
+    stat: whether axes that a normalisation runs over may shrink. keep_state: whether a cache that is carried from call to call
+    stays as it is (`spa.state`). calibration: data for criteria that look at any: a `Calibration`, an
     `Evidence` or what `spa.calibration` takes. aggregate, normalize: how scores of a group's layers are put together, and made comparable
     between groups. swaps: rounds of exchanging removed for kept channels while the error after repair falls. loss: for gradients.
     damping: ridge of the errors that are estimated, over the mean variance of a layer's inputs. target: in place of a ratio, what the
@@ -122,9 +125,8 @@ def plan(
     options = Options(asked, scope or "local", multiple_of, keep_at_least, tuple(include), tuple(exclude), dict(ratios or {}), normalize,
                       tuple(units))  # fmt: skip
     needs = criteria.get(criterion).needs
-    analysis = (
-        model if isinstance(model, Analysis) else analyze(model, inputs=inputs, protect_outputs=protect_outputs, stat=stat, stage=stage)
-    )
+    analysis = model if isinstance(model, Analysis) else analyze(
+        model, inputs=inputs, protect_outputs=protect_outputs, stat=stat, keep_state=keep_state, stage=stage)  # fmt: skip
     analysis.given.origin.prepare()  # plans name their model by its hash, which takes as long as reading the file
     groups = analysis.groups
     wants = needs or swaps or budget.asks or budget.judges
@@ -255,6 +257,7 @@ def prune(
     ratios: Mapping[str, float] | None = None,
     protect_outputs: bool = True,
     stat: bool = True,
+    keep_state: bool = False,
     inputs: Mapping[str, Sequence[int]] | None = None,
     seed: int = 0,
     check: bool = True,
@@ -278,7 +281,7 @@ def prune(
     >>> result = spa.prune("model.onnx", target="macs=0.5")
     >>> result.save("small.onnx", plan="small.plan.json")
     """
-    analysis = analyze(model, inputs=inputs, protect_outputs=protect_outputs, stat=stat, edits=edits, stage=stage)
+    analysis = analyze(model, inputs=inputs, protect_outputs=protect_outputs, stat=stat, keep_state=keep_state, edits=edits, stage=stage)
     evidence = evidence_for(analysis, calibration, seed=seed, stage=stage)
     wishes = {
         "criterion": criterion, "scope": scope, "multiple_of": multiple_of, "keep_at_least": keep_at_least, "include": include,
@@ -303,7 +306,8 @@ def carried_out(
         return plan(current, share, calibration=data, target=limits, seed=seed, stage=stage, **options)
 
     def carry_out(current: Analysis, decided: Plan, data: Evidence | None) -> Result:
-        return apply(current, decided, check=check, seed=seed, feeds=feeds, tolerance=tolerance, repair=budget.repair, calibration=data,
+        fed = None if feeds is None else feeds_for(current.given.narrowed, feeds)
+        return apply(current, decided, check=check, seed=seed, feeds=fed, tolerance=tolerance, repair=budget.repair, calibration=data,
                      stage=stage)  # fmt: skip
 
     if steps == 1:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from spa.errors import CheckFailed, UnsupportedModel
 from spa.feeds import Feeds
 from spa.share import own_threads
+from spa.state import feeds_for
 from spa.store import Model, save, to_bytes
 
 IN_MEMORY = 64 << 20  # bytes; a larger model goes to the runtime through files, whose weights it maps instead of copying
@@ -83,7 +84,7 @@ def session(
 
 def run(model: Model, feeds: Feeds, *, optimize: bool = True) -> dict[str, NDArray[np.generic]]:
     """Outputs by name. Raises UnsupportedModel if the runtime fails."""
-    return run_session(session(model, optimize=optimize, lean=True), feeds)
+    return run_session(session(model, optimize=optimize, lean=True), feeds_for(model.narrowed, feeds))
 
 
 def run_session(opened: ort.InferenceSession, feeds: Feeds) -> dict[str, NDArray[np.generic]]:

@@ -14,7 +14,7 @@ from spa.evidence import Evidence, transplanted
 from spa.normalize import Normal
 from spa.repair import Repaired, RepairOptions
 from spa.repair import repair as _mend
-from spa.rewrite import CannotRestate, rewrite
+from spa.rewrite import CannotRestate, narrowed_inputs, rewrite
 from spa.stages import Stage, quiet
 from spa.store import Model, with_graph
 
@@ -42,7 +42,8 @@ def cut(
         except CannotRestate as error:
             names = ", ".join(groups.groups[i].name for i in error.groups if gone[groups.groups[i].coordinates].any())
             raise SpaError(f"Node {error.node} can't be resized ({error.cause}): leave its groups out with --exclude: {names}.") from error
-    return Cut(with_graph(analysis.normal.model, graph), analysis, gone, repaired)
+    small = replace(with_graph(analysis.normal.model, graph), narrowed=narrowed_inputs(groups, gone))
+    return Cut(small, analysis, gone, repaired)
 
 
 def _repaired(

@@ -137,7 +137,7 @@ def prepare(
     model: Any, *, calibration: Any, evaluate: Any, wishes: Mapping[str, Any], mending: RepairOptions, metric: str | None = None,
     output: str | None = None, provider: str = "cpu", threads: int = 1, time_limit: float = TIME_LIMIT, seed: int = 0, check: bool = True,
     tolerance: float = TOLERANCE, inputs: Mapping[str, Sequence[int]] | None = None, protect_outputs: bool = True, stat: bool = True,
-    travels: bool = False, used: Sequence[str] = (), stage: Stage = quiet,
+    keep_state: bool = False, travels: bool = False, used: Sequence[str] = (), stage: Stage = quiet,
 ) -> Lab:  # fmt: skip
     """Reads the model and the data. A quarter of the calibration data is held out where there are no others to judge on.
 
@@ -146,7 +146,8 @@ def prepare(
     """
     if metric is not None:
         find_metric(metric)
-    read = model if isinstance(model, Analysis) else analyze(model, inputs=inputs, protect_outputs=protect_outputs, stat=stat, stage=stage)
+    read = model if isinstance(model, Analysis) else analyze(
+        model, inputs=inputs, protect_outputs=protect_outputs, stat=stat, keep_state=keep_state, stage=stage)  # fmt: skip
     fit = evidence_for(read, calibration, seed=seed, stage=stage)
     held = evidence_for(read, evaluate, seed=seed, stage=stage)
     whole = metric is not None and find_metric(metric).whole is not None

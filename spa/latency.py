@@ -39,6 +39,7 @@ from spa.prove import runnable
 from spa.score import Scores
 from spa.segments import Segment, digest, find_segments, piece
 from spa.stages import Stage, quiet
+from spa.state import feeds_for
 from spa.stepper import tapped
 from spa.store import Model
 
@@ -234,7 +235,7 @@ def paired_seconds(engine: Engine, dense: Model, small: Model, feeds: Feeds, *, 
     clock, settings = Clock(engine, threads), Settings(threads)
     opened = [engine.load(m, settings) for m in (dense, small)]
     try:
-        calls = [o.bound(feeds) for o in opened]
+        calls = [o.bound(feeds_for(m.narrowed, feeds)) for o, m in zip(opened, (dense, small), strict=True)]
         rounds = np.array([[clock.time(c, 2, 4, ENOUGH / 4) for c in calls] for _ in range(WHOLE // 2)])
         return float(np.quantile(rounds[:, 0], 0.25)), float(np.quantile(rounds[:, 1], 0.25))
     finally:
@@ -249,6 +250,7 @@ class _Parts:
         self.model, self.segments, self.types = model, segments, types
         given = [t.name for t in model.graph.inputs]
         wanted = sorted({n for s in segments for n in s.inputs} - set(given))
+        feeds = feeds_for(model.narrowed, feeds)
         self.values = {**feeds, **(run(tapped(model, model.graph, given, wanted, types), feeds) if wanted else {})}
 
     def part(self, number: int) -> tuple[Model, Feeds]:
@@ -260,7 +262,7 @@ class _Parts:
 def _timed(engine: Engine, model: Model, feeds: Feeds, settings: Settings, clock: Clock, least: int = LEAST_RUNS) -> float:
     opened = engine.load(model, settings)
     try:
-        return clock.time(opened.bound(feeds), least, max(least, MOST_RUNS))
+        return clock.time(opened.bound(feeds_for(model.narrowed, feeds)), least, max(least, MOST_RUNS))
     finally:
         opened.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -21,7 +22,7 @@ from spa.observe import Gram, Part, draw_rows, observe, parts_of
 from spa.offsets import Offset, Offsets
 from spa.renorm import Batches, Norms
 from spa.repair_options import LayerRepair, Repaired, RepairOptions
-from spa.rewrite import copy_graph, plan_removal, rewrite
+from spa.rewrite import copy_graph, narrowed_inputs, plan_removal, rewrite
 from spa.room import with_room
 from spa.rows import rows
 from spa.signatures import SUM
@@ -191,6 +192,7 @@ class Work:
         if self.fits and self.options.inputs == "pruned" and self.shared:
             self.fit_dense(batches, self.shared)  # a weight that is read in several places can't wait for the last of them
         small = with_graph(self.start, rewrite(self.start.graph, self.groups, self.gone))
+        small = replace(small, narrowed=narrowed_inputs(self.groups, self.gone))
         wide, fed = _wide(self.model, batches)
         thin, _ = _wide(small, batches)
         if wide is self.model:

@@ -101,7 +101,7 @@ def check_shapes(groups: Groups, gone: NDArray[np.bool_], small: Model) -> None:
     """Without the proof: shape inference of the pruned graph must give what is left of every shape. Raises CheckFailed."""
     facts = groups.traced.facts
     kept = Kept(groups, gone)
-    found = infer(small.graph, facts.feeds)
+    found = infer(small.graph, {name: kept.shape(name) or shape for name, shape in facts.feeds.items()})
     for tensor in groups.traced.graph.outputs:
         shape = facts.shapes.get(tensor.name)
         if shape is None:

@@ -14,6 +14,7 @@ from spa.errors import BadOption
 from spa.evidence import Evidence
 from spa.feeds import Feeds
 from spa.metrics import METRICS, Metric, measure
+from spa.state import feeds_for
 from spa.store import Model
 
 Array = NDArray[np.float64]
@@ -30,11 +31,11 @@ class Network:
     """A model on ONNX Runtime's CPU provider, as metrics want it."""
 
     def __init__(self, model: Model, threads: int = 0) -> None:
-        self.session = session(model, threads=threads)
+        self.session, self.narrowed = session(model, threads=threads), model.narrowed
 
     def run(self, feeds: Feeds) -> Feeds:
         """All outputs by name."""
-        return run_session(self.session, feeds)
+        return run_session(self.session, feeds_for(self.narrowed, feeds))
 
 
 @dataclass(frozen=True)

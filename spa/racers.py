@@ -14,6 +14,7 @@ from spa.engines.table import Engine, Opened, Settings
 from spa.engines.worker import Remote, child
 from spa.errors import SpaError, UnsupportedModel
 from spa.feeds import Feeds
+from spa.state import feeds_for
 from spa.store import Model
 
 
@@ -111,7 +112,7 @@ def _ready(model: Model, feeds: Feeds, engine: Engine, settings: Settings) -> tu
     """A loaded model and a call that runs it, in a process of its own where the engine wants that."""
     opened = _apart(engine, model, settings) if engine.apart else engine.load(model, settings)
     try:
-        return opened, opened.bound(feeds)
+        return opened, opened.bound(feeds_for(model.narrowed, feeds))
     except BaseException:
         opened.close()
         raise

@@ -37,6 +37,16 @@ def removed_positions(groups: Groups, gone: Gone) -> dict[str, dict[int, NDArray
     return found
 
 
+def narrowed_inputs(groups: Groups, gone: Gone) -> dict[str, dict[int, NDArray[np.int64]]]:
+    """Positions that stay, for every axis of a graph input that loses any (`spa.state`)."""
+    positions, shapes = removed_positions(groups, gone), groups.traced.facts.shapes
+    return {
+        t.name: {a: np.delete(np.arange((shapes[t.name] or ())[a]), p) for a, p in positions[t.name].items()}
+        for t in groups.traced.graph.inputs
+        if t.name in positions
+    }
+
+
 def rewrite(graph: gs.Graph, groups: Groups, gone: Gone, copies: Mapping[str, str] | None = None) -> gs.Graph:
     """A new graph without the removed coordinates; `graph` itself is not changed (weights are shared, not copied).
 

@@ -52,7 +52,7 @@ def with_room(model: Model, groups: Groups, gone: NDArray[np.bool_]) -> tuple[Mo
 def _traced_again(graph: gs.Graph, facts: Facts, groups: Groups) -> Groups:
     protect = any("--no-protect-outputs" in r.cause for r in groups.traced.reasons)
     stat = not any("--no-stat" in r.cause for r in groups.traced.reasons)
-    return find_groups(trace(graph, facts, protect_outputs=protect, stat=stat))
+    return find_groups(trace(graph, facts, protect_outputs=protect, stat=stat, keep_state=not groups.traced.states))
 
 
 def carried(groups: Groups, gone: NDArray[np.bool_], again: Groups) -> NDArray[np.bool_]:

@@ -96,6 +96,7 @@ def sensitivity(
     units: Sequence[str] = (),
     protect_outputs: bool = True,
     stat: bool = True,
+    keep_state: bool = False,
     inputs: Mapping[str, Sequence[int]] | None = None,
     seed: int = 0,
     calibration: Any = None,
@@ -132,7 +133,8 @@ def sensitivity(
     wishes = {"aggregate": aggregate, "normalize": normalize, "loss": loss}
     lab = experiment.prepare(
         model, calibration=calibration, evaluate=evaluate, wishes=wishes, mending=repair_options or RepairOptions(), metric=metric,
-        output=output, provider=provider, seed=seed, inputs=inputs, protect_outputs=protect_outputs, stat=stat, travels=backend == "ray",
+        output=output, provider=provider, seed=seed, inputs=inputs, protect_outputs=protect_outputs, stat=stat, keep_state=keep_state,
+        travels=backend == "ray",
         used=(criterion,), stage=stage,
     )  # fmt: skip
     try:

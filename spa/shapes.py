@@ -18,9 +18,10 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
+from spa.binding import Binding
 from spa.errors import BadModel, BadOption
 from spa.signatures.arithmetic import MOVES
-from spa.view import Shape, dtype_is_float, type_of
+from spa.view import Shape, type_of
 from spa.walk import SMALL, Prepared, Walk, part_read
 
 _SPACE = (224, 64, 256, 128, 32, 192, 384, 299, 512, 640, 16)
@@ -56,18 +57,26 @@ def infer(graph: gs.Graph, inputs: Mapping[str, Sequence[int]] | None = None) ->
     """
     prepared = Prepared(graph)
     given = _given(graph, inputs or {})
+    bind = Binding(graph, given)
     free = any(not isinstance(d, int) or d <= 0 for t in graph.inputs for d in given.get(t.name, t.shape) or ())
     best: Walk | None = None
     for space in _SPACE if free else (1,):
-        walk = Walk(prepared, _bind(graph, given, 2, space, 16))
+        walk = Walk(prepared, bind(2, space, 16))
         if best is None or len(walk.unknown) < len(best.unknown):
             best = walk
         if not walk.unknown:
             break
     assert best is not None
+    if free and bind.has_state:
+        probed = Walk(prepared, bind.probe()).shapes
+        for floats in (False, True) if best.unknown else (False,):
+            whole = bind.with_totals(probed, floats=floats)
+            walk = Walk(prepared, whole(2, _SPACE[0], 16))
+            if len(walk.unknown) <= len(best.unknown):
+                best, bind = walk, whole
     other = best
     if free:
-        trials = [Walk(prepared, _bind(graph, given, 3, space, 24)) for space in _other_spaces(graph, given, best)]
+        trials = [Walk(prepared, bind(3, space, 24)) for space in _other_spaces(graph, given, best)]
         other = min(trials, key=lambda w: len(w.unknown))
     return _facts(best, other)
 
@@ -89,26 +98,6 @@ def _given(graph: gs.Graph, inputs: Mapping[str, Sequence[int]]) -> dict[str, Se
         if tensor.shape is None and name not in inputs and getattr(tensor, "type", "tensor_type") == "tensor_type":
             raise BadModel(f"The shape of input {name!r} is not in the model: give it with --input {name}:1x3x224x224.")
     return {name: tuple(shape) for name, shape in inputs.items()}
-
-
-def _bind(graph: gs.Graph, given: Mapping[str, Sequence[Any]], batch: int, space: int, length: int) -> dict[str, Shape]:
-    """A size for every free axis; axes of the same name get the same size."""
-    names: dict[str, int] = {}
-    feeds = {}
-    for tensor in graph.inputs:
-        shape = given.get(tensor.name, tensor.shape)
-        if shape is None:
-            continue
-        sizes = []
-        picture = len(shape) >= 4 and dtype_is_float(tensor.dtype)
-        for axis, size in enumerate(shape):
-            if isinstance(size, int) and size > 0:
-                sizes.append(size)
-                continue
-            guess = batch if axis == 0 else space if picture else length
-            sizes.append(names.setdefault(size, guess) if isinstance(size, str) else guess)
-        feeds[tensor.name] = tuple(sizes)
-    return feeds
 
 
 def _facts(one: Walk, two: Walk) -> Facts:

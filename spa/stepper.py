@@ -20,6 +20,7 @@ from spa.check import session
 from spa.errors import UnsupportedModel
 from spa.feeds import Feeds
 from spa.spill import Spill
+from spa.state import feeds_for
 from spa.store import Model, with_graph
 from spa.trace import outer_values
 from spa.view import type_of
@@ -93,7 +94,9 @@ class Stepper:
     def __init__(self, model: Model, types: Mapping[str, int], batches: Iterable[Feeds], *, limit: int = LIMIT, threads: int = 0) -> None:
         self.model, self.types, self.threads = model, types, threads
         names = {t.name for t in model.graph.inputs}
-        self._held: list[dict[str, NDArray[Any]]] = [{k: v for k, v in b.items() if k in names} for b in batches]
+        self._held: list[dict[str, NDArray[Any]]] = [
+            feeds_for(model.narrowed, {k: v for k, v in b.items() if k in names}) for b in batches
+        ]
         self._left = list(model.graph.nodes)
         self._spill = Spill(limit)
         self._spill.used = sum(v.nbytes for held in self._held for v in held.values())

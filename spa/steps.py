@@ -24,6 +24,7 @@ from spa.latency import paired_seconds
 from spa.plan import make_plan, mask_of
 from spa.problems import static_costs
 from spa.prove import runnable
+from spa.state import composed, feeds_for
 from spa.targets import Target, read_targets
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ def prune_in_steps(
                 raise
             continue  # a limit that the model is within already, or that no rounding comes near: later steps go further
         result = stages.carry_out(current, plan, data)
+        whole = composed(current.given.narrowed, result.model.narrowed)
+        result = replace(result, model=replace(result.model, narrowed=whole))
         for name, entry in plan.groups.items():
             if name not in kept or len(kept[name]) != entry["size"]:
                 raise SpaError(f"--steps: group {name} is not the same after the first cut: prune in one step.")
@@ -137,11 +140,13 @@ def _on(evidence: Any, analysis: Analysis) -> Any:
     """Data as they are used on another model: what noise is run through is adapted to it anew."""
     if not isinstance(evidence, Evidence):
         return evidence
-    model = analysis.normal.model
-    if evidence.noise and evidence.batches:
-        fed = [{k: v for k, v in b.items() if k != evidence.labels} for b in evidence.batches]
+    model, batches = analysis.normal.model, evidence.batches
+    if model.narrowed:
+        batches = [feeds_for(model.narrowed, b) for b in batches]
+    if evidence.noise and batches:
+        fed = [{k: v for k, v in b.items() if k != evidence.labels} for b in batches]
         model = adapted(model, analysis.groups, fed)
-    return replace(evidence, model=model)
+    return replace(evidence, model=model, batches=batches)
 
 
 def _record(analysis: Analysis, budget: Budget, last: Mapping[str, Any], result: Result) -> dict[str, Any]:

@@ -12,12 +12,14 @@ from __future__ import annotations
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto
 from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 from onnx_graphsurgeon.logger import G_LOGGER
@@ -70,6 +72,9 @@ class Model:
         What graph-surgeon cannot carry; `to_proto` and `save` put it back.
     origin
         What it was read from.
+    narrowed
+        Inputs that are smaller than those of the model that this one was cut from: input -> axis -> positions that are left.
+        Whoever runs it takes inputs of either size (`spa.state.feeds_for`).
     """
 
     graph: gs.Graph
@@ -79,6 +84,7 @@ class Model:
     external: bool
     notes: Notes
     origin: Origin
+    narrowed: Mapping[str, Mapping[int, NDArray[np.int64]]] = field(default_factory=dict)
 
     @property
     def sha256(self) -> str:
@@ -231,8 +237,8 @@ def _import(skeleton: ModelProto, sources: Sources) -> tuple[gs.Graph, ModelProt
             constant.data_location = None  # it says where the placeholder's data was, and that is over
     header = ModelProto()
     header.CopyFrom(skeleton)
-    for field in ("node", "initializer", "sparse_initializer"):
-        header.graph.ClearField(field)
+    for part in ("node", "initializer", "sparse_initializer"):
+        header.graph.ClearField(part)
     return graph, header, notes
 
 

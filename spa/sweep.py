@@ -71,6 +71,7 @@ def sweep(
     ratios: Mapping[str, float] | None = None,
     protect_outputs: bool = True,
     stat: bool = True,
+    keep_state: bool = False,
     inputs: Mapping[str, Sequence[int]] | None = None,
     seed: int = 0,
     check: bool = True,
@@ -123,7 +124,7 @@ def sweep(
     lab = experiment.prepare(
         model, calibration=calibration, evaluate=evaluate, wishes=wishes, mending=mending, metric=metric, output=output, provider=provider,
         threads=threads, time_limit=time_limit, seed=seed, check=check, tolerance=tolerance, inputs=inputs, protect_outputs=protect_outputs,
-        stat=stat, travels=backend == "ray", used=_several(criterion), stage=stage,
+        stat=stat, keep_state=keep_state, travels=backend == "ray", used=_several(criterion), stage=stage,
     )  # fmt: skip
     place = Folder(Path(folder), _identity(lab))
     try:

@@ -8,7 +8,7 @@ touches, with a reason that names node, axis and cause.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import zip_longest
@@ -22,8 +22,10 @@ from spa.signatures import FIXED, STAT, Refusal, Signature, rule_of
 from spa.signatures.arithmetic import READS_SHAPE
 from spa.signatures.sizes import dim_sizes, term_size
 from spa.signatures.table import Dim, One, Operand, Pick, Product, Sum, Term, cause_of, dims_of, kind_of, read
+from spa.state import Pair, State, state_pairs
 from spa.view import FLOATS, constant_of, dtype_holds_weights, stored, view
 
+INPUT = "is an input of the graph"
 MOST = 1 << 28  # positions of an axis; a size beyond that is a damaged attribute
 
 
@@ -72,6 +74,7 @@ class Traced:
     axes: Mapping[str, tuple[Axis, ...] | None]
     nodes: tuple[NodeTrace, ...]
     reasons: tuple[Reason, ...]
+    states: tuple[State, ...] = ()
 
     @cached_property
     def weights(self) -> tuple[str, ...]:
@@ -94,13 +97,14 @@ def node_name(node: gs.Node) -> str:
     return str(node.name or (node.outputs[0].name if node.outputs else node.op))
 
 
-def trace(graph: gs.Graph, facts: Facts, *, protect_outputs: bool = True, stat: bool = True) -> Traced:
+def trace(graph: gs.Graph, facts: Facts, *, protect_outputs: bool = True, stat: bool = True, keep_state: bool = False) -> Traced:
     """Traces a graph.
 
-    protect_outputs: axes of graph outputs stay whole. stat: axes that a normalisation runs over may shrink.
+    protect_outputs: axes of graph outputs stay whole. stat: axes that a normalisation runs over may shrink. keep_state: inputs and
+    outputs that carry a state from call to call (`spa.state`) stay whole like all others.
     Mutates nothing; time is linear in nodes and in positions.
     """
-    return _Tracer(graph, facts, stat).run(protect_outputs)
+    return _Tracer(graph, facts, stat).run(protect_outputs, () if keep_state else state_pairs(graph))
 
 
 class _Tracer:
@@ -117,9 +121,12 @@ class _Tracer:
         self.constants: set[str] = set()
         self.nodes: list[NodeTrace] = []
 
-    def run(self, protect_outputs: bool) -> Traced:
+    def run(self, protect_outputs: bool, pairs: Sequence[Pair]) -> Traced:
+        carried = {name for name, _ in pairs}
         for tensor in self.graph.inputs:
-            self._fixed_value(tensor.name, "", "", "is an input of the graph")
+            self._fixed_value(tensor.name, "", "", INPUT)
+            if tensor.name in carried:
+                self._open_value(tensor)
         for node in self.graph.nodes:
             for tensor in node.inputs:
                 if isinstance(tensor, gs.Constant) and tensor.name not in self.axes:
@@ -132,9 +139,56 @@ class _Tracer:
         for tensor in self.graph.outputs:
             if tensor.inputs and tensor.inputs[0].op in READS_SHAPE:
                 self._freeze_value(tensor.inputs[0].inputs[0].name, "", "", "has its size as an output of the graph")
+        states = self._states(pairs)
+        free = {s.output for s in states}
         for tensor in self.graph.outputs if protect_outputs else ():
-            self._freeze_value(tensor.name, "", "", "is an output of the graph (--no-protect-outputs lets it shrink)")
-        return Traced(self.graph, self.facts, self.atoms, self.axes, tuple(self.nodes), tuple(self.reasons))
+            if tensor.name not in free:
+                self._freeze_value(tensor.name, "", "", "is an output of the graph (--no-protect-outputs lets it shrink)")
+        return Traced(self.graph, self.facts, self.atoms, self.axes, tuple(self.nodes), tuple(self.reasons), states)
+
+    # ------------------------------------------------------------------ states
+
+    def _open_value(self, tensor: gs.Tensor) -> None:
+        """Axes of an input that may be a state: those of a declared size may turn out to be dims of the network."""
+        axes = self.axes[tensor.name] or ()
+        sizes = [n if isinstance(n, int) else 0 for n in tensor.shape or ()]
+        self.axes[tensor.name] = tuple(
+            Axis(a.length, self.atoms.fresh(a.length)) if 1 < a.length == n else a for a, n in zip(axes, sizes, strict=True)
+        )
+
+    def _states(self, pairs: Sequence[Pair]) -> tuple[State, ...]:
+        """The pairs whose axes turned out to be the same dims, all but one. Everything else of them stays whole."""
+        found: dict[str, State] = {}
+        taken: set[str] = set()
+        for name, output in pairs:
+            state = None if name in found or output in taken else self._state(name, output)
+            if state is not None:
+                found[name] = state
+                taken.add(output)
+        for name in dict(pairs):
+            shared = found[name].axes if name in found else ()
+            for i, axis in enumerate(self.axes[name] or ()):
+                if i not in shared:
+                    self._freeze(axis, "", "", name, i, "is where a state grows" if name in found else INPUT)
+            for i, axis in enumerate(self.axes[found[name].output] or ()) if name in found else ():
+                if i not in shared:
+                    self._freeze(axis, "", "", found[name].output, i, "is where a state grows")
+        return tuple(found.values())
+
+    def _state(self, name: str, output: str) -> State | None:
+        before, after = self.axes[name] or (), self.axes.get(output) or ()
+        if len(before) != len(after):
+            return None
+        shared = tuple(i for i, (x, y) in enumerate(zip(before, after, strict=True)) if self._same(x, y))
+        other = [i for i, (x, y) in enumerate(zip(before, after, strict=True)) if x.length != y.length]
+        loose = [i for i, axis in enumerate(before) if axis.labels is not None and i not in shared]
+        grows = {*other, *loose}
+        return State(name, output, next(iter(grows), None), shared) if shared and len(grows) <= 1 else None
+
+    def _same(self, one: Axis, two: Axis) -> bool:
+        if one.labels is None or two.labels is None:
+            return False
+        return np.array_equal(self.atoms.resolve(one.labels, frozen=True), self.atoms.resolve(two.labels, frozen=True))
 
     # ------------------------------------------------------------------ values
 

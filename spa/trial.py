@@ -14,6 +14,7 @@ from spa.check import Check
 from spa.engines.table import TOLERANCES, Engine, Placement, Settings
 from spa.feeds import Feeds
 from spa.stages import Stage, quiet
+from spa.state import feeds_for
 from spa.store import Model
 from spa.trace import constant_values
 from spa.widen import widen
@@ -97,7 +98,7 @@ def try_on(
     with stage(f"running on {engine.name}"):
         opened = engine.load(model, given)
         try:
-            found = opened.run(feeds)
+            found = opened.run(feeds_for(model.narrowed, feeds))
             placement, figures = opened.placement, dict(getattr(opened, "figures", {}))  # known only when sizes are
         finally:
             opened.close()

@@ -106,14 +106,14 @@ def test_groups_list_what_they_keep() -> None:
     gone = mask_of(plan, analysis.groups)
     assert np.flatnonzero(~gone[analysis.groups.by_name["w1:0"].coordinates]).tolist() == plan.groups["w1:0"]["kept"]
     assert plan.options["ratio"] == 0.5
-    assert plan.trace == {"protect_outputs": True, "stat": True, "inputs": {}}
+    assert plan.trace == {"protect_outputs": True, "stat": True, "keep_state": False, "inputs": {}}
 
 
 def test_the_trace_settings_travel() -> None:
     body = "h = MatMul(x, w1) s = Softmax(h) y = MatMul(s, w2)"
     made = net("float[n,4] x -> float[n,6] y", body, w1=(4, 8), w2=(8, 6))
     plan = spa.plan(made, 0.5, multiple_of=1, protect_outputs=False, inputs={"x": [3, 4]})
-    assert plan.trace == {"protect_outputs": False, "stat": True, "inputs": {"x": [3, 4]}}
+    assert plan.trace == {"protect_outputs": False, "stat": True, "keep_state": False, "inputs": {"x": [3, 4]}}
     result = spa.apply(made, spa.load_plan(json.loads(plan.to_json())))
     assert arrays(result.to_proto())["w2"].shape == (4, 3)
     assert result.check is not None

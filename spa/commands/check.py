@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +24,7 @@ from spa.engines import Engine, Settings, find
 from spa.errors import BadOption
 from spa.plan import Plan, load_plan, mask_of
 from spa.prove import reference_of
+from spa.rewrite import narrowed_inputs
 from spa.store import Model
 from spa.trace import constant_values
 from spa.trial import Trial, expected, try_on
@@ -74,6 +75,7 @@ def check(
     analysis = api.analyzed_for(opened, decided, other_weights=other_weights, inputs=shapes, stage=term.stage)
     check_interfaces(analysis.edited, pruned)
     groups, normal, gone = analysis.groups, analysis.normal.model, mask_of(decided, analysis.groups)
+    pruned = replace(pruned, narrowed=narrowed_inputs(groups, gone))
     own = reading.read_feeds(feeds, opened)
     with term.stage("comparing weights"):
         kept = kept_weights(analysis.edited, pruned, decided)

@@ -48,12 +48,13 @@ def opened_model(term: Terminal, model: Path, outputs: dict[str, Path | None] | 
 
 
 def analysis_of(
-    term: Terminal, model: Path, inputs: list[str] | None, protect_outputs: bool, stat: bool, outputs: dict[str, Path] | None = None
+    term: Terminal, model: Path, inputs: list[str] | None, protect_outputs: bool, stat: bool, keep_state: bool,
+    outputs: dict[str, Path] | None = None,
 ) -> api.Analysis:
     """A model read, normalised, traced and grouped."""
     opened = opened_model(term, model, outputs or {})
     shapes = reading.read_shapes(inputs or (), opened)
-    return api.analyze(opened, inputs=shapes, protect_outputs=protect_outputs, stat=stat, stage=term.stage)
+    return api.analyze(opened, inputs=shapes, protect_outputs=protect_outputs, stat=stat, keep_state=keep_state, stage=term.stage)
 
 
 def drawn_inputs(term: Terminal, model: Model, inputs: Sequence[str], feeds: Path | None, seed: int) -> Feeds:

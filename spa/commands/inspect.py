@@ -32,6 +32,7 @@ def inspect(
     inputs: given.Inputs = None,
     protect_outputs: given.Protect = True,
     no_stat: given.NoStat = False,
+    keep_state: given.KeepState = False,
     graphml: Annotated[Path | None, typer.Option("--graphml", metavar="FILE", help="Write the dependency graph as GraphML.")] = None,
     dot: Annotated[Path | None, typer.Option("--dot", metavar="FILE", help="Write the dependency graph as DOT, for Graphviz.")] = None,
     as_json: given.Json = False,
@@ -42,7 +43,7 @@ def inspect(
     reading.check_outputs({"--graphml": graphml, "--dot": dot}, [model])
     if len(explain_ or ()) > 2:
         raise BadOption("--explain takes one value, or two to say why they are coupled.")
-    analysis = analysis_of(term, model, inputs, protect_outputs, not no_stat)
+    analysis = analysis_of(term, model, inputs, protect_outputs, not no_stat, keep_state)
     groups = analysis.groups
     _export(groups, graphml, dot)
     if explain_:

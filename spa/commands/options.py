@@ -78,6 +78,8 @@ Units = Annotated[str | None, typer.Option(
 Ratios = Annotated[Path | None, typer.Option("--ratios", metavar="FILE", help="YAML or TOML: pattern -> ratio of its own.")]
 Protect = Annotated[bool, typer.Option("--protect-outputs/--no-protect-outputs", help="Leave the outputs' axes whole.")]
 NoStat = Annotated[bool, typer.Option("--no-stat", help="Leave axes that a normalisation runs over.")]
+KeepState = Annotated[bool, typer.Option(
+    "--keep-state", help="Leave inputs and outputs that carry a key-value cache from call to call whole; else they shrink together.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="For random scores and drawn inputs.")]
 NoCheck = Annotated[bool, typer.Option("--no-check", help="Skip the proof that removing equals masking.")]
 Tolerance = Annotated[float, typer.Option("--tolerance", help="What the proof allows, relative to an output's scale.")]

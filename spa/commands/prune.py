@@ -38,7 +38,8 @@ def plan(
     criterion: given.Criterion = "l2", multiple_of: given.MultipleOf = "auto", keep_at_least: given.KeepAtLeast = 1,
     include: given.Include = None, exclude: given.Exclude = None, units: given.Units = None, ratios: given.Ratios = None,
     protect_outputs: given.Protect = True,
-    no_stat: given.NoStat = False, seed: given.Seed = 0, inputs: given.Inputs = None, calibration: given.Source = None,
+    no_stat: given.NoStat = False,
+    keep_state: given.KeepState = False, seed: given.Seed = 0, inputs: given.Inputs = None, calibration: given.Source = None,
     preprocess: given.Preprocess = None, tokenizer: given.Tokenizer = None, samples: given.Samples = 256, batch: given.Batch = 32,
     length: given.Length = None, labels: given.Labels = None, aggregate: given.Aggregate = None, normalize: given.Normalize = "mean",
     swaps: given.Swaps = 0, loss: given.Loss = "auto", repair: given.Repair = None, damping: given.Damping = DAMPING,
@@ -54,7 +55,7 @@ def plan(
     wishes = _wishes(ratio, scope, criterion, multiple_of, keep_at_least, include, exclude, units, ratios, normalize, aggregate, swaps,
                      loss, damping)
     budget = _budget(ratio, scope, target, allocation, max_drop, metric, output_name, provider, threads, time_limit, mending)
-    analysis = analysis_of(term, model, inputs, protect_outputs, not no_stat, outputs={"--output": output})
+    analysis = analysis_of(term, model, inputs, protect_outputs, not no_stat, keep_state, outputs={"--output": output})
     evidence = evidence_of(term, analysis, calibration, preprocess, tokenizer, samples, batch, length, labels, seed)
     budget = _judged_on(term, analysis, budget, evaluate, preprocess, tokenizer, samples, batch, length, labels, seed)
     decided = api.plan(analysis, ratio, calibration=evidence, target=budget, seed=seed, stage=term.stage, **wishes)
@@ -107,7 +108,8 @@ def prune(
                                                   "with .plan.json.", show_default=False)] = None,
     scope: given.Scope = None, criterion: given.Criterion = "l2", multiple_of: given.MultipleOf = "auto",
     keep_at_least: given.KeepAtLeast = 1, include: given.Include = None, exclude: given.Exclude = None, units: given.Units = None,
-    ratios: given.Ratios = None, protect_outputs: given.Protect = True, no_stat: given.NoStat = False, seed: given.Seed = 0,
+    ratios: given.Ratios = None, protect_outputs: given.Protect = True, no_stat: given.NoStat = False,
+    keep_state: given.KeepState = False, seed: given.Seed = 0,
     no_check: given.NoCheck = False,
     tolerance: given.Tolerance = TOLERANCE, inputs: given.Inputs = None, feeds: given.FeedsFile = None, no_bench: given.NoBench = False,
     threads: given.Threads = 0, calibration: given.Source = None, preprocess: given.Preprocess = None,
@@ -134,7 +136,8 @@ def prune(
     opened = opened_model(term, model, written)
     fed = reading.read_feeds(feeds, opened)
     shapes = {**reading.shapes_of(fed), **reading.read_shapes(inputs or (), opened)}
-    analysis = api.analyze(opened, inputs=shapes, protect_outputs=protect_outputs, stat=not no_stat, stage=term.stage)
+    analysis = api.analyze(opened, inputs=shapes, protect_outputs=protect_outputs, stat=not no_stat,
+                           keep_state=keep_state, stage=term.stage)
     evidence = evidence_of(term, analysis, calibration, preprocess, tokenizer, samples, batch, length, labels, seed)
     budget = _judged_on(term, analysis, budget, evaluate, preprocess, tokenizer, samples, batch, length, labels, seed)
     result = api.carried_out(analysis, wishes, ratio=ratio, budget=budget, evidence=evidence, steps=steps, check=not no_check, seed=seed,

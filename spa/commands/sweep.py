@@ -65,7 +65,7 @@ def sweep(
     retry: Annotated[bool, typer.Option("--retry", help="Try points again that failed before.")] = False,
     multiple_of: given.MultipleOf = "auto", keep_at_least: given.KeepAtLeast = 1, include: given.Include = None,
     exclude: given.Exclude = None, units: given.Units = None, ratios: given.Ratios = None,
-    protect_outputs: given.Protect = True, no_stat: given.NoStat = False,
+    protect_outputs: given.Protect = True, no_stat: given.NoStat = False, keep_state: given.KeepState = False,
     inputs: given.Inputs = None, seed: given.Seed = 0, no_check: given.NoCheck = False, tolerance: given.Tolerance = TOLERANCE,
     aggregate: given.Aggregate = None, normalize: given.Normalize = "mean", swaps: given.Swaps = 0, loss: given.Loss = "auto",
     damping: given.Damping = DAMPING, repair_inputs: given.RepairInputs = "pruned", repair_target: given.RepairTarget = "dense",
@@ -92,7 +92,7 @@ def sweep(
     parallel.check_jobs(jobs, backend)
     _apart(output, calibration, evaluate)
     mending = RepairOptions("none", repair_inputs, repair_target, damping, not no_norms)
-    analysis = analysis_of(term, model, inputs, protect_outputs, not no_stat)
+    analysis = analysis_of(term, model, inputs, protect_outputs, not no_stat, keep_state)
     data = _data(term, analysis, calibration, evaluate, preprocess, tokenizer, samples, batch, length, labels, seed)
     with progress(term) as tell:
         found = prune_all(
@@ -127,7 +127,8 @@ def sensitivity(
     length: given.Length = None, labels: given.Labels = None, provider: given.Provider = "cpu", jobs: Jobs = 1, backend: Backend = "loky",
     multiple_of: given.MultipleOf = "auto", keep_at_least: given.KeepAtLeast = 1, include: given.Include = None,
     exclude: given.Exclude = None, units: given.Units = None, protect_outputs: given.Protect = True,
-    no_stat: given.NoStat = False, inputs: given.Inputs = None, seed: given.Seed = 0, aggregate: given.Aggregate = None,
+    no_stat: given.NoStat = False,
+    keep_state: given.KeepState = False, inputs: given.Inputs = None, seed: given.Seed = 0, aggregate: given.Aggregate = None,
     normalize: given.Normalize = "mean", loss: given.Loss = "auto",
     damping: given.Damping = DAMPING, repair_inputs: given.RepairInputs = "pruned", repair_target: given.RepairTarget = "dense",
     no_norms: given.NoNorms = False, as_json: given.Json = False, verbose: given.Verbose = False,
@@ -141,7 +142,7 @@ def sensitivity(
     shares = shares_of(ratio) or RATIOS
     grid(shares, (), (criterion,), (repair,), ("local",), ("auto",))
     parallel.check_jobs(jobs, backend)
-    analysis = analysis_of(term, model, inputs, protect_outputs, not no_stat)
+    analysis = analysis_of(term, model, inputs, protect_outputs, not no_stat, keep_state)
     data = _data(term, analysis, calibration, evaluate, preprocess, tokenizer, samples, batch, length, labels, seed)
     with progress(term) as tell:
         found = shrink_each(
