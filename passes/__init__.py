@@ -2,13 +2,14 @@
 
 Two kinds, kept apart. Those that keep the function: `fold_constants`, `gather_shuffles`, `unshare_constants`, `merge_copies`,
 `drop_dead_nodes`. Those that change it as told: `remove_channels`, `drop_branches`, `insert_masks`; `insert_biases` adds zeros, for
-repair to fill. Each returns how many changes it made and is idempotent.
+repair to fill, `insert_id_maps` lets a pruned vocabulary be fed as before. Each returns how many changes it made and is idempotent.
 This package imports nothing of ours.
 """
 
 from passes.biases import insert_biases
 from passes.branches import drop_branches
 from passes.constants import drop_dead_nodes, fold_constants, merge_copies, unshare_constants
+from passes.ids import insert_id_maps
 from passes.mask import Compress, Mask, insert_masks
 from passes.remove import DELETE, Patch, Removal, remove_channels
 from passes.shuffles import gather_shuffles
@@ -26,6 +27,7 @@ __all__ = [
     "fold_constants",
     "gather_shuffles",
     "insert_biases",
+    "insert_id_maps",
     "insert_masks",
     "merge_copies",
     "remove_channels",

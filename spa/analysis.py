@@ -18,6 +18,7 @@ from spa.plan import Plan, check_belongs
 from spa.stages import Stage, collector_paused, quiet
 from spa.store import Model, load
 from spa.trace import trace
+from spa.vocabulary import promised, told
 
 Source: TypeAlias = str | os.PathLike[str] | bytes | ModelProto | Model
 
@@ -63,13 +64,14 @@ def analyze(
     stat: bool = True,
     keep_state: bool = False,
     edits: Sequence[Edit | Mapping[str, Any]] = (),
+    vocabulary: Mapping[str, Any] | None = None,
     stage: Stage = quiet,
 ) -> Analysis:
     """Loads, edits, normalises, traces and groups.
 
-    inputs: fixes the shape of inputs of the model as given. edits: changes that come first, see `spa.edits`. stage: is told what goes on;
-    for the rest see `trace`.
-    Raises SpaError; BadPlan for edits that do not fit the model.
+    inputs: fixes the shape of inputs of the model as given. edits: changes that come first, see `spa.edits`. vocabulary: lets ids go, as
+    `spa.vocabulary.promised` takes it. stage: is told what goes on; for the rest see `trace`.
+    Raises SpaError; BadPlan for edits that do not fit the model, BadOption where no ids look anything up.
     """
     with stage("reading"):
         given = opened(model)
@@ -79,12 +81,17 @@ def analyze(
     with stage("finding shapes"):
         normal = normalize(changed.model, {k: v for k, v in (inputs or {}).items() if k not in gone})
     with stage("tracing"):
-        traced = trace(normal.model.graph, normal.facts, protect_outputs=protect_outputs, stat=stat, keep_state=keep_state)
+        how: dict[str, Any] = {"protect_outputs": protect_outputs, "stat": stat, "keep_state": keep_state}
+        traced = trace(normal.model.graph, normal.facts, **how)
+        if vocabulary is not None:
+            traced = trace(normal.model.graph, normal.facts, **how, vocabulary=promised(traced, vocabulary))
         groups = find_groups(traced)
     shapes = {k: list(v) for k, v in (inputs or {}).items()}
-    settings: dict[str, Any] = {"protect_outputs": protect_outputs, "stat": stat, "keep_state": keep_state, "inputs": shapes}
+    settings: dict[str, Any] = {**how, "inputs": shapes}
     if changes:
         settings["edits"] = [e.record for e in changes]
+    if traced.vocabulary is not None:
+        settings["vocabulary"] = told(traced.vocabulary)
     return Analysis(given, changed.model, normal, groups, settings, changes, changed.left_out)
 
 
@@ -107,4 +114,5 @@ def analyzed_for(
     check_belongs(plan, given, other_weights=other_weights)
     how = plan.trace
     flags = {k: bool(how.get(k, True)) for k in ("protect_outputs", "stat", "keep_state")}  # before there were states they were kept
-    return analyze(given, inputs=inputs or how.get("inputs"), edits=how.get("edits", ()), stage=stage, **flags)
+    return analyze(given, inputs=inputs or how.get("inputs"), edits=how.get("edits", ()), vocabulary=how.get("vocabulary"),
+                   stage=stage, **flags)  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from spa.engines import find as find_engine
 from spa.errors import BadOption, CheckFailed, NothingToPrune
 from spa.evidence import Evidence
 from spa.feeds import Feeds
+from spa.files import Pieces
 from spa.groups import Groups
 from spa.plan import Plan, load_plan, make_plan, mask_of
 from spa.planner import Planner
@@ -36,13 +38,15 @@ from spa.state import feeds_for
 from spa.steps import Stages, prune_in_steps
 from spa.store import Model, save, to_proto
 from spa.views import Data
+from spa.vocabulary import Ids, ids_of, map_name
 
 
 @dataclass(frozen=True)
 class Result:
     """A pruned model: the plan, the counts before and after, and the proof (None if it was not asked for).
 
-    repaired: what repair did, None without one; it holds the repaired weights before the deletion.
+    repaired: what repair did, None without one; it holds the repaired weights before the deletion. ids: what is left of the vocabulary,
+    None if nothing of it went.
     """
 
     model: Model
@@ -52,10 +56,16 @@ class Result:
     after: Counts
     check: Check | None
     repaired: Repaired | None = None
+    ids: Ids | None = None
 
-    def save(self, path: str | os.PathLike[str], *, plan: str | os.PathLike[str] | None = None) -> None:
-        """Writes the model, and the plan if a path is given; whole or not at all."""
-        save(self.model, path, beside=[] if plan is None else [(Path(plan), [self.plan.to_json().encode()])])
+    def save(
+        self, path: str | os.PathLike[str], *, plan: str | os.PathLike[str] | None = None, beside: Sequence[tuple[Path, Pieces]] = ()
+    ) -> None:
+        """Writes the model, and the plan if a path is given, and the map of ids if any went; whole or not at all."""
+        files: list[tuple[Path, Pieces]] = [] if plan is None else [(Path(plan), [self.plan.to_json().encode()])]
+        if self.ids is not None:
+            files.append((map_name(Path(path)), [(json.dumps(self.ids.data(), separators=(",", ":")) + "\n").encode()]))
+        save(self.model, path, beside=[*files, *beside])
 
     def save_repaired(self, path: str | os.PathLike[str], *, plan: str | os.PathLike[str] | None = None) -> None:
         """Writes the model with repaired weights but nothing removed yet, and a plan that removes the same from it.
@@ -239,7 +249,7 @@ def apply(
             raise CheckFailed(failure(proof))
     else:
         check_shapes(groups, gone, small)
-    return Result(small, decided, analysis, before, after, proof, made.repaired)
+    return Result(small, decided, analysis, before, after, proof, made.repaired, ids_of(groups, gone))
 
 
 @collector_paused()

@@ -105,9 +105,14 @@ def compare(
     *,
     kept: Mapping[str, Mapping[int, NDArray[np.int64]]] | None = None,
     tolerance: float = TOLERANCE,
+    small_feeds: Feeds | None = None,
 ) -> Check:
-    """Runs both and compares all outputs; `kept` picks the positions of outputs that the small model still has."""
-    return compare_results(run(masked, feeds), run(small, feeds), kept=kept, tolerance=tolerance)
+    """Runs both and compares all outputs; `kept` picks the positions of outputs that the small model still has.
+
+    small_feeds: for the small model, where it takes others (new ids).
+    """
+    given = feeds if small_feeds is None else small_feeds
+    return compare_results(run(masked, feeds), run(small, given), kept=kept, tolerance=tolerance)
 
 
 def compare_results(

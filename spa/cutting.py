@@ -17,6 +17,7 @@ from spa.repair import repair as _mend
 from spa.rewrite import CannotRestate, narrowed_inputs, rewrite
 from spa.stages import Stage, quiet
 from spa.store import Model, with_graph
+from spa.vocabulary import ids_of, with_map
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ def cut(
         except CannotRestate as error:
             names = ", ".join(groups.groups[i].name for i in error.groups if gone[groups.groups[i].coordinates].any())
             raise SpaError(f"Node {error.node} can't be resized ({error.cause}): leave its groups out with --exclude: {names}.") from error
+    with_map(graph, ids_of(groups, gone))
     small = replace(with_graph(analysis.normal.model, graph), narrowed=narrowed_inputs(groups, gone))
     return Cut(small, analysis, gone, repaired)
 

@@ -18,16 +18,21 @@ from spa.shapes import infer
 from spa.stages import Stage, quiet
 from spa.store import Model, with_graph
 from spa.trace import Traced
+from spa.vocabulary import ids_of
 from spa.widen import widen
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What a pruned model must give. model: the masked original. feeds: inputs for it. kept: output -> axis -> positions that are left."""
+    """What a pruned model must give. model: the masked original. feeds: inputs for it. kept: output -> axis -> positions that are left.
+
+    given: inputs for the pruned model: the same, but for ids that were numbered anew.
+    """
 
     model: Model
     feeds: Feeds
     kept: Mapping[str, Mapping[int, NDArray[np.int64]]]
+    given: Feeds
 
 
 def reference_of(normal: Model, groups: Groups, gone: NDArray[np.bool_], *, feeds: Feeds | None = None, seed: int = 0) -> Reference:
@@ -41,7 +46,11 @@ def reference_of(normal: Model, groups: Groups, gone: NDArray[np.bool_], *, feed
         for t in normal.graph.outputs
     }
     given = runnable(normal, groups.traced, seed=seed) if feeds is None else feeds
-    return Reference(with_graph(normal, masked(normal.graph, groups, gone)), given, kept)
+    ids = ids_of(groups, gone)
+    if ids is not None:
+        given = ids.drawn(given) if feeds is None else ids.check(given)
+    own = given if ids is None else ids.renumbered(given)
+    return Reference(with_graph(normal, masked(normal.graph, groups, gone)), given, kept, own)
 
 
 def prove(
@@ -59,10 +68,10 @@ def prove(
     with stage("proving"):
         reference = reference_of(normal, groups, gone, feeds=feeds, seed=seed)
         wide_reference, wide_given = widen(reference.model, reference.feeds)
-        wide_small, _ = widen(small, reference.feeds)
+        wide_small, small_given = widen(small, reference.given)
         if wide_small is not small:
             _must_load(small, normal)
-        return checking.compare(wide_reference, wide_small, wide_given, kept=reference.kept, tolerance=tolerance)
+        return checking.compare(wide_reference, wide_small, wide_given, kept=reference.kept, tolerance=tolerance, small_feeds=small_given)
 
 
 def _must_load(small: Model, original: Model) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from spa.atoms import Atoms, Labels, merge, stack
+from spa.promise import Vocabulary
 from spa.shapes import Facts
 from spa.signatures import FIXED, STAT, Refusal, Signature, rule_of
 from spa.signatures.arithmetic import READS_SHAPE
@@ -66,7 +67,7 @@ class NodeTrace:
 
 @dataclass(frozen=True)
 class Traced:
-    """Every axis of every value in atoms."""
+    """Every axis of every value in atoms. vocabulary: what was promised, and `ids`, the axis of all ids."""
 
     graph: gs.Graph
     facts: Facts
@@ -75,6 +76,8 @@ class Traced:
     nodes: tuple[NodeTrace, ...]
     reasons: tuple[Reason, ...]
     states: tuple[State, ...] = ()
+    vocabulary: Vocabulary | None = None
+    ids: Axis | None = None
 
     @cached_property
     def weights(self) -> tuple[str, ...]:
@@ -97,19 +100,23 @@ def node_name(node: gs.Node) -> str:
     return str(node.name or (node.outputs[0].name if node.outputs else node.op))
 
 
-def trace(graph: gs.Graph, facts: Facts, *, protect_outputs: bool = True, stat: bool = True, keep_state: bool = False) -> Traced:
+def trace(
+    graph: gs.Graph, facts: Facts, *, protect_outputs: bool = True, stat: bool = True, keep_state: bool = False,
+    vocabulary: Vocabulary | None = None,
+) -> Traced:  # fmt: skip
     """Traces a graph.
 
     protect_outputs: axes of graph outputs stay whole. stat: axes that a normalisation runs over may shrink. keep_state: inputs and
-    outputs that carry a state from call to call (`spa.state`) stay whole like all others.
-    Mutates nothing; time is linear in nodes and in positions.
+    outputs that carry a state from call to call (`spa.state`) stay whole like all others. vocabulary: a promise that lets tables of ids
+    and axes of logits shrink. Mutates nothing; time is linear in nodes and in positions.
     """
-    return _Tracer(graph, facts, stat).run(protect_outputs, () if keep_state else state_pairs(graph))
+    return _Tracer(graph, facts, stat, vocabulary).run(protect_outputs, () if keep_state else state_pairs(graph))
 
 
 class _Tracer:
-    def __init__(self, graph: gs.Graph, facts: Facts, stat: bool) -> None:
-        self.graph, self.facts, self.stat = graph, facts, stat
+    def __init__(self, graph: gs.Graph, facts: Facts, stat: bool, vocabulary: Vocabulary | None) -> None:
+        self.graph, self.facts, self.stat, self.vocabulary = graph, facts, stat, vocabulary
+        self.of_ids: list[Axis] = []  # all one: an id goes everywhere or nowhere
         self.atoms = Atoms()
         self.axes: dict[str, tuple[Axis, ...] | None] = {}
         self.reasons = [
@@ -141,10 +148,26 @@ class _Tracer:
                 self._freeze_value(tensor.inputs[0].inputs[0].name, "", "", "has its size as an output of the graph")
         states = self._states(pairs)
         free = {s.output for s in states}
-        for tensor in self.graph.outputs if protect_outputs else ():
+        for tensor in self.graph.outputs:
             if tensor.name not in free:
-                self._freeze_value(tensor.name, "", "", "is an output of the graph (--no-protect-outputs lets it shrink)")
-        return Traced(self.graph, self.facts, self.atoms, self.axes, tuple(self.nodes), tuple(self.reasons), states)
+                self._output(tensor.name, protect_outputs)
+        every = [axis.labels for axis in self.of_ids if axis.labels is not None]
+        for labels in every[1:]:
+            self.atoms.unify(every[0], labels)
+        ids = self.of_ids[0] if self.of_ids else None
+        return Traced(
+            self.graph, self.facts, self.atoms, self.axes, tuple(self.nodes), tuple(self.reasons), states, self.vocabulary, ids
+        )
+
+    def _output(self, name: str, protected: bool) -> None:
+        """An output's axes stay, but for one of the ids whose columns are to go."""
+        free = self.facts.dynamic.get(name, ())
+        for i, axis in enumerate(self.axes.get(name) or ()):
+            columns = self.vocabulary is not None and self.vocabulary.sides != "input" and axis.length == self.vocabulary.size
+            if columns and axis.labels is not None and not (i < len(free) and free[i]):
+                self.of_ids.append(axis)
+            elif protected:
+                self._freeze(axis, "", "", name, i, "is an output of the graph (--no-protect-outputs lets it shrink)")
 
     # ------------------------------------------------------------------ states
 
@@ -292,7 +315,9 @@ class _Tracer:
             for axis, _, _ in free:
                 assert axis.labels is not None
                 self.atoms.freeze(axis.labels, held.why or self.one)
-        if kind is FIXED or (kind is STAT and not self.stat):
+        if self._looked_up(node, made, name, first):
+            self.of_ids.append(first)
+        elif kind is FIXED or (kind is STAT and not self.stat):
             cause = cause_of(made, name) if kind is FIXED else "is what a normalisation runs over (--no-stat)"
             for axis, v, i in free:
                 self._freeze(axis, node_name(node), node.op, v, i, cause)
@@ -300,6 +325,13 @@ class _Tracer:
             assert axis.labels is not None
             self.atoms.unify(first.labels, axis.labels)
         return first
+
+    def _looked_up(self, node: gs.Node, made: Signature, name: str, axis: Axis) -> bool:
+        """Whether a dim is rows of a table that only ids of the vocabulary look up."""
+        given = self.vocabulary
+        if given is None or given.sides == "output" or name not in made.picked:
+            return False
+        return node.outputs[0].name in given.lookups and axis.length == given.size
 
     def _outputs(self, node: gs.Node, made: Signature, dims: dict[str, Axis], sizes: Mapping[str, int]) -> None:
         for k, tensor in enumerate(node.outputs):

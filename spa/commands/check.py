@@ -89,7 +89,7 @@ def check(
     with term.stage("running the masked original"):
         reference = reference_of(normal, groups, gone, feeds=own, seed=seed)
         results = expected(reference.model, reference.feeds)
-    trial = try_on(chosen, pruned, reference.feeds, results, settings=settings, kept=reference.kept, tolerance=tolerance, stage=term.stage)
+    trial = try_on(chosen, pruned, reference.given, results, settings=settings, kept=reference.kept, tolerance=tolerance, stage=term.stage)
     term.show({**trial_data(trial), "weights": weights}, trial_shown(trial, "the masked original gives on the CPU provider"), shown)
     return ending(trial, allow_fallback)
 

@@ -88,3 +88,11 @@ FeedsFile = Annotated[Path | None, typer.Option("--feeds", metavar="FILE.npz", h
 NoBench = Annotated[bool, typer.Option("--no-bench", help="Do not measure latency.")]
 Threads = Annotated[int, typer.Option("--threads", min=0, help="Threads of the timing; 0: ONNX Runtime's choice.")]
 OtherWeights = Annotated[bool, typer.Option("--other-weights", help="Accept a model of the same graph with other weights.")]
+Vocab = Annotated[str | None, typer.Option(
+    "--vocab", metavar="KEEP", help="Ids to keep: a share, a number, used (all in --calibration), or a file of ids; others go.",
+    show_default=False)]
+VocabSide = Annotated[str, typer.Option("--vocab-side", metavar="SIDE", help="Where ids go from: both, input (tables), output (logits).")]
+VocabMap = Annotated[str, typer.Option(
+    "--vocab-map", metavar="PLACE", help="file: the pruned model takes new ids; graph: it takes old ones.")]
+VocabInput = Annotated[list[str] | None, typer.Option(
+    "--vocab-input", metavar="NAME", help="Input that holds ids; by default the one with the longest table.", show_default=False)]

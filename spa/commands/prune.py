@@ -18,7 +18,7 @@ from spa.budget_report import budget as budget_table
 from spa.check import TOLERANCE
 from spa.choose import Options
 from spa.commands import options as given
-from spa.commands import reading, reported
+from spa.commands import reading, reported, vocabulary
 from spa.commands.app import app
 from spa.commands.common import analysis_of, evidence_of, opened_model
 from spa.commands.terminal import Terminal
@@ -30,6 +30,7 @@ from spa.feeds import Feeds, one_sample
 from spa.plan import load_plan, mask_of
 from spa.repair import DAMPING, RepairOptions
 from spa.store import load
+from spa.vocabulary_prune import carried_out
 
 
 @app.command()
@@ -120,7 +121,8 @@ def prune(
     repaired_out: given.RepairedOut = None, report_file: given.Report = None,
     target: given.Target = None, allocation: given.Allocation = "auto", max_drop: given.MaxDrop = None, metric: given.Metric = None,
     evaluate: given.Evaluate = None, output_name: given.OutputName = None, provider: given.Provider = "cpu",
-    time_limit: given.TimeLimit = TIME_LIMIT, steps: given.Steps = 1, as_json: given.Json = False, verbose: given.Verbose = False,
+    time_limit: given.TimeLimit = TIME_LIMIT, steps: given.Steps = 1, vocab: given.Vocab = None, vocab_side: given.VocabSide = "both",
+    vocab_map: given.VocabMap = "file", vocab_input: given.VocabInput = None, as_json: given.Json = False, verbose: given.Verbose = False,
 ) -> int:
     """Plan, remove, repair, prove, time, and write the pruned model and its plan."""
     term = Terminal(as_json, verbose)
@@ -133,24 +135,32 @@ def prune(
     budget = _budget(ratio, scope, target, allocation, max_drop, metric, output_name, provider, threads, time_limit, mending)
     if repaired_out is not None and steps > 1:
         raise BadOption("--repaired-out goes with one step: after more there is no model of the first one's shape that was repaired alone.")
+    wish = vocabulary.wish_of(vocab, vocab_side, vocab_map, vocab_input, tokenizer, model)
+    vocabulary.check(wish, budget, steps)
+    written |= vocabulary.targets(wish, output, model)
     opened = opened_model(term, model, written)
     fed = reading.read_feeds(feeds, opened)
     shapes = {**reading.shapes_of(fed), **reading.read_shapes(inputs or (), opened)}
     analysis = api.analyze(opened, inputs=shapes, protect_outputs=protect_outputs, stat=not no_stat,
-                           keep_state=keep_state, stage=term.stage)
-    evidence = evidence_of(term, analysis, calibration, preprocess, tokenizer, samples, batch, length, labels, seed)
+                           keep_state=keep_state, vocabulary=None if wish is None else wish.promise, stage=term.stage)
+    reader = tokenizer if wish is None or calibration is not None else None  # a vocabulary has a use for it without data
+    evidence = evidence_of(term, analysis, calibration, preprocess, reader, samples, batch, length, labels, seed)
     budget = _judged_on(term, analysis, budget, evaluate, preprocess, tokenizer, samples, batch, length, labels, seed)
-    result = api.carried_out(analysis, wishes, ratio=ratio, budget=budget, evidence=evidence, steps=steps, check=not no_check, seed=seed,
-                             feeds=fed, tolerance=tolerance, stage=term.stage)
+    how: dict[str, Any] = {"ratio": ratio, "check": not no_check, "seed": seed, "feeds": fed, "tolerance": tolerance, "stage": term.stage}
+    if wish is None:
+        result = api.carried_out(analysis, wishes, budget=budget, evidence=evidence, steps=steps, **how)
+    else:
+        result = carried_out(analysis, wish, evidence, wishes, repair=mending, **how)
     timing = None if no_bench else _timing(term, result, fed, seed, threads, provider)
     with term.stage("writing"):
-        result.save(output, plan=written["--plan-out"])
+        beside = vocabulary.beside(wish, result, evidence, output, model)
+        result.save(output, plan=written["--plan-out"], beside=beside.files)
         _save_repaired(result, repaired_out)
     sizes = opened.nbytes, load(output).nbytes
     reported.write(report_file, context, result, timing, sizes)
-    data = {"model": str(model), "plan": str(written["--plan-out"]), "output": str(output), **_result(result, sizes, timing)}
+    data = {"model": str(model), "plan": str(written["--plan-out"]), "output": str(output), **_result(result, sizes, timing), **beside.data}
     names = " and ".join(report.printable(str(p)) for p in written.values())
-    term.show(data, *_tables(result, sizes, timing), Text(f"wrote {names}"))
+    term.show(data, *_tables(result, sizes, timing), *beside.shown, Text(f"wrote {names}"))
     return 0
 
 
@@ -217,6 +227,7 @@ def _timing(term: Terminal, result: api.Result, feeds: Feeds | None, seed: int, 
             dense = analysis.dense  # which may have inputs that the pruned model lacks
             traced = dense.groups.traced
             drawn = one_sample(traced, api.runnable(dense.normal.model, traced, seed=seed)) if feeds is None else feeds
+            drawn = drawn if result.ids is None else result.ids.for_both(drawn)
             return race({"before": analysis.given, "after": result.model}, drawn, threads=threads, engine=provider)
     except Exception as error:  # onnxruntime raises classes of its own; the pruning is done and proven without the times
         term.log(f"spa: latency was not measured: {report.printable(str(error).splitlines()[0])}", always=True)

@@ -103,7 +103,7 @@ def gather(node: NodeView) -> Signature | Refusal:
     out = names[:axis] + listed + names[axis + 1 :]
     if known is None or known.size < 2:
         cause = BY_DATA if known is None else "single positions are picked from it"
-        looked_up = ("row",) if known is None and index else ()
+        looked_up = {"row": 1} if known is None and index else {}
         return Signature((rows, listed), (out,), {"row": FIXED, "i": FIXED}, {"row": cause, "i": "holds positions"}, picked=looked_up)
     picked = Pick(Dim("row"), tuple((known.ravel() % data[axis]).tolist()))
     return Signature((rows, listed), (out,), equations=((Product(listed), picked),), carries=(Carry(1, remap=picked),))
