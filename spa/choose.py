@@ -12,6 +12,7 @@ import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
 
+from spa.demands import ANY, demands_of
 from spa.errors import BadOption
 from spa.groups import Group, Groups
 from spa.kinds import KINDS
@@ -215,9 +216,10 @@ class _Widths:
     def __init__(self, groups: Groups, options: Options, block: int) -> None:
         self.groups, self.options, self.block = groups, options, block
         self.repeat, self.dense = _repeats(groups), _dense_inputs(groups)
+        self.demands = demands_of(groups)
 
     def _unit(self, group: Group, block: int) -> int:
-        return block // math.gcd(block, self.repeat[group.index])
+        return math.lcm(block // math.gcd(block, self.repeat[group.index]), self.demands.get(group.index, ANY).multiple)
 
     def step(self, group: Group) -> int:
         """The finest rounding that applies to a group."""
@@ -227,7 +229,7 @@ class _Widths:
 
     def kept(self, group: Group, target: float) -> int:
         """Width nearest to `target`; the group's own size where there is none below it."""
-        least = min(self.options.keep_at_least, group.size)
+        least = min(max(self.options.keep_at_least, self.demands.get(group.index, ANY).least), group.size)
         if self.options.multiple_of != "auto":
             return self._nearest(group, target, self._unit(group, int(self.options.multiple_of)), least)
         block, floor = self.block, (4 if group.index in self.dense else 1)

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from spa.groups import Groups, Kept
 from spa.moved import Place, place_of
 from spa.signatures import FIXED, SUM
-from spa.signatures.table import Dim, Linear, One, Operand, Product, Signature, Term, Window, dims_of, kind_of
+from spa.signatures.sizes import term_size
+from spa.signatures.table import Dim, Linear, One, Operand, Product, Signature, Sum, Term, Window, dims_of, kind_of
 from spa.trace import NodeTrace, node_name
 
 Array = NDArray[np.float64]
@@ -51,7 +52,8 @@ class Layer:
 
     node: the node. data: name of its data operand. place: where the weight's elements are stored. parts, outputs, columns: sizes.
     positions: axis of data -> (parts, columns) the position of each column on it. channels: (parts, columns) equal numbers for columns
-    that only go together: positions of a kernel, pixels of a flattened map. data_terms, sizes: the data's axes and the dims' lengths.
+    that only go together: positions of a kernel, pixels of a flattened map. data_terms, weight_terms: their axes (see `plain`). sizes: of
+    the dims.
     """
 
     node: gs.Node
@@ -68,6 +70,7 @@ class Layer:
     positions: Mapping[int, NDArray[np.int64]]
     channels: NDArray[np.int64]
     data_terms: Operand
+    weight_terms: Operand
     sizes: Mapping[str, int]
 
     @property
@@ -153,6 +156,7 @@ def _layer(groups: Groups, node: NodeTrace, linear: Linear, makers: Mapping[str,
     if place is None or place_of(groups.traced, data, makers) is not None:
         return None
     sizes = {n: a.length for n, a in node.dims.items()}
+    w = plain(w, x, sizes)
     sides = _Sides(signature, x, w, signature.outputs[0] or (), linear.window)
     columns, shared, outputs = sides.columns, sides.shared, sides.outputs
     if not columns or any(n not in sizes for n in (*columns, *shared, *outputs)):
@@ -180,7 +184,7 @@ def _layer(groups: Groups, node: NodeTrace, linear: Linear, makers: Mapping[str,
     shape = groups.traced.facts.shapes[weight] or ()
     return Layer(
         node.node, node_name(node.node), linear, signature, data, layout, shape, place, parts,
-        math.prod(sizes[n] for n in outputs), count * taps, positions, channels, x, sizes,
+        math.prod(sizes[n] for n in outputs), count * taps, positions, channels, x, w, sizes,
     )  # fmt: skip
 
 
@@ -203,6 +207,20 @@ class _Sides:
         self.kernel = tuple(n for n in of[1] if n.startswith("k.") and kind_of(signature, n) is FIXED) if window else ()
         self.shared = tuple(n for n in of[1] if n in of[0] and n not in self.columns)
         self.outputs = tuple(n for n in of[1] if n not in (*self.columns, *self.kernel, *self.shared))
+
+
+def plain(terms: Sequence[Term], data: Sequence[Term], sizes: dict[str, int]) -> tuple[Term, ...]:
+    """Terms in which every sum of outputs, (q|k|v), is one dim, whose size is entered into `sizes`: a linear map tells no blocks apart."""
+    named = {n for t in data for n in dims_of(t)}
+    found: list[Term] = []
+    for term in terms:
+        size = term_size(term, sizes) if isinstance(term, Sum) and named.isdisjoint(dims_of(term)) else None
+        if size is None:
+            found.append(term)
+        else:
+            found.append(Dim(str(term)))
+            sizes[str(term)] = size
+    return tuple(found)
 
 
 def layout_of(terms: Sequence[Term], sizes: Mapping[str, int], order: tuple[Sequence[str], ...]) -> Layout | None:
@@ -247,8 +265,7 @@ def data_layout(layer: Layer, shape: Sequence[int]) -> Layout:
                 left //= layer.sizes[n]
             if rest:
                 sizes[rest[0]] = left
-    weight, result = layer.signature.inputs[layer.linear.weight] or (), layer.signature.outputs[0] or ()
-    sides = _Sides(layer.signature, terms, weight, result, layer.window)
+    sides = _Sides(layer.signature, terms, layer.weight_terms or (), layer.signature.outputs[0] or (), layer.window)
     every = [n for t in terms for n in dims_of(t)]
     others = [n for n in every if n not in sides.columns and n not in sides.shared]
     found = layout_of(terms, sizes, (sides.shared, others, sides.columns))

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spa.groups import Groups
-from spa.linear import Layer, Layout, layout_of
+from spa.linear import Layer, Layout, layout_of, plain
 from spa.moved import Place, place_of
 from spa.signatures import SUM
 from spa.signatures.arithmetic import ADDS
@@ -98,7 +98,7 @@ class Offsets:
         return None
 
     def _is_output(self, layer: Layer, name: str) -> bool:
-        weight, data = layer.signature.inputs[layer.linear.weight] or (), layer.data_terms or ()
+        weight, data = layer.weight_terms or (), layer.data_terms or ()
         summed = kind_of(layer.signature, name) is SUM and any(name in dims_of(t) for t in data)
         return any(name in dims_of(t) for t in weight) and not summed
 
@@ -110,7 +110,8 @@ class Offsets:
         if place is None or len(self.readers.get(place.name, [])) != 1:
             return None
         sizes = dict(layer.sizes)
-        weight = [n for t in layer.signature.inputs[layer.linear.weight] or () for n in dims_of(t)]
+        terms = plain(tuple(terms), layer.data_terms or (), sizes)
+        weight = [n for t in layer.weight_terms or () for n in dims_of(t)]
         counts = {sizes[n]: n for n in weight if n.startswith("_")}  # of a signature's text, "3 h d": each operand's are dims of their own
         spelled = tuple(_renamed(t, {n: counts[sizes[n]] for n in dims_of(t) if n.startswith("_") and sizes[n] in counts}) for t in terms)
         named = [n for t in spelled for n in dims_of(t)]
@@ -136,7 +137,7 @@ class Offsets:
         if layer.linear.spread is not None:  # every dim that the layer lacks has two positions: for the input, for the state
             return tuple(math.prod(layer.sizes.get(n, 2) for n in dims_of(t)) for t in layer.linear.spread)
         there = {n for t in terms for n in dims_of(t)}
-        weight = {n for t in layer.signature.inputs[layer.linear.weight] or () for n in dims_of(t)}
+        weight = {n for t in layer.weight_terms or () for n in dims_of(t)}
         if layer.window is not None or any(self._is_output(layer, n) and n not in there for n in weight):
             return (layer.parts * layer.outputs,)
         return self._added_shape(layer, terms)

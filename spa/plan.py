@@ -13,6 +13,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from spa.demands import check_demands
 from spa.edits import read_edits
 from spa.errors import BadPlan
 from spa.files import write_files
@@ -138,7 +139,7 @@ def _from_fields(fields: Any, label: str) -> Plan:
 
 
 def mask_of(plan: Plan, groups: Groups) -> NDArray[np.bool_]:
-    """The plan as a mask over all coordinates. Raises BadPlan where it does not fit the groups."""
+    """The plan as a mask over all coordinates. Raises BadPlan where it does not fit the groups, or a kernel would refuse."""
     gone = np.zeros(groups.total, bool)
     for name, entry in plan.groups.items():
         group = groups.by_name.get(name)
@@ -152,6 +153,7 @@ def mask_of(plan: Plan, groups: Groups) -> NDArray[np.bool_]:
         here = np.ones(group.size, bool)
         here[kept] = False
         gone[group.coordinates] = here
+    check_demands(groups, gone)
     return gone
 
 

@@ -23,6 +23,7 @@ from onnx import ModelProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from spa.check import difference
+from spa.demands import ANY, demands_of
 from spa.groups import Groups, find_groups
 from spa.masking import masked
 from spa.normalize import normalize
@@ -147,19 +148,27 @@ def trace_case(model: Model) -> tuple[Model, Groups]:
 
 def shrinkable(groups: Groups) -> list[slice]:
     """Coordinates of the groups that may lose some; those without weights too, since here it is the signature that is tested."""
-    return [g.coordinates for g in groups.groups
-            if g.size > 1 and (g.frozen is None or g.frozen.cause.startswith("has no weights"))]
+    found = [g.coordinates for g in groups.groups
+             if g.size > 1 and (g.frozen is None or g.frozen.cause.startswith("has no weights"))]
+    return [where for where in found if _widths(groups, where)]
+
+
+def _widths(groups: Groups, where: slice) -> list[int]:
+    """Numbers of coordinates below all that the group at `where` may be left with."""
+    index = next(g.index for g in groups.groups if g.start == where.start)
+    allowed = demands_of(groups).get(index, ANY)
+    return [n for n in range(allowed.least, where.stop - where.start) if n % allowed.multiple == 0]
 
 
 def removals(groups: Groups, seed: int, most: int = 6) -> Iterator[NDArray[np.bool_]]:
-    """Random proper parts: of each group alone, then of all groups together."""
+    """Random proper parts, of the sizes that the kernels take: of each group alone, then of all groups together."""
     rng = np.random.default_rng(seed)
     ranges = shrinkable(groups)
     joint = np.zeros(groups.total, bool)
     for i, where in enumerate(ranges):
         size = where.stop - where.start
         gone = np.zeros(groups.total, bool)
-        gone[where.start + rng.choice(size, rng.integers(1, size), replace=False)] = True
+        gone[where.start + rng.choice(size, size - rng.choice(_widths(groups, where)), replace=False)] = True
         joint |= gone
         if len(ranges) > 1 and i < most:
             yield gone

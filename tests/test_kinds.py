@@ -84,9 +84,11 @@ def test_fused_operators_say_what_their_dims_are(op: str, expected: set[str]) ->
     assert {g.kind for g in groups_of(fused(op)).free()} == expected
 
 
-def test_packed_attention_ties_both_widths() -> None:
-    model = net(TOKENS, "o = com.microsoft.Attention<num_heads=4>(x, w, b) y = MatMul(o, wo)", w=(16, 72), b=(72,), wo=(24, 16))
-    assert {g.kind for g in groups_of(model).free()} == {"head", "head-width"}
+def test_a_cache_of_keys_and_values_ties_both_widths() -> None:
+    body = "o{} = com.microsoft.Attention<num_heads=4>(x, w, b) y = MatMul(o, wo)"
+    weights = {"w": (16, 72), "b": (72,), "wo": (24, 16)}
+    assert {g.kind for g in groups_of(net(TOKENS, body.format(""), **weights)).free()} == {"head", "qk", "vo"}
+    assert {g.kind for g in groups_of(net(TOKENS, body.format(", cache"), **weights)).free()} == {"head", "head-width"}
 
 
 ZOO = {
@@ -108,7 +110,8 @@ def test_kinds_of_the_zoo(name: str) -> None:
 
 def test_roles_in_the_table_are_kinds() -> None:
     text = "".join(p.read_text() for p in (ROOT / "spa" / "signatures").glob("*.py"))
-    named = {role for mapping in re.findall(r"roles=\{([^}]*)\}", text) for role in re.findall(r': "([^"]+)"', mapping)}
+    listed = re.findall(r"(?:roles=|ROLES = )\{([^}]*)\}", text)
+    named = {role for mapping in listed for role in re.findall(r': "([^"]+)"', mapping)}
     assert named
     assert named <= set(KINDS)
 

@@ -252,32 +252,6 @@ RECURRENT = [
     case("LSTM, batch first", "LSTM", (2, 5, 3), (1, 16, 3), (1, 16, 4), (1, 32), None, (2, 1, 4), (2, 1, 4), outputs=3, opset=14,
          hidden_size=4, layout=1),
 ]
-_TABLES = ((7, 4), (7, 4))
-ATTENTION = [
-    case("attention", "Attention", (2, 4, 3, 8), (2, 4, 5, 8), (2, 4, 5, 6)),
-    case("attention, flat", "Attention", (2, 3, 24), (2, 5, 24), (2, 5, 12), q_num_heads=4, kv_num_heads=4),
-    case("attention, shared heads", "Attention", (2, 3, 48), (2, 5, 16), (2, 5, 12), q_num_heads=6, kv_num_heads=2),
-    case("attention, one head for all", "Attention", (2, 4, 3, 8), (2, 1, 5, 8), (2, 1, 5, 6)),
-    case("attention, scale and cap", "Attention", (2, 4, 3, 8), (2, 2, 5, 8), (2, 2, 5, 6), scale=0.3, softcap=2.0, is_causal=1),
-    case("attention, mask of rank 2", "Attention", (2, 4, 3, 8), (2, 4, 5, 8), (2, 4, 5, 6), (3, 5)),
-    case("attention, mask of rank 3", "Attention", (2, 4, 3, 8), (2, 2, 5, 8), (2, 2, 5, 6), (4, 3, 5)),
-    case("attention, mask a head", "Attention", (2, 4, 3, 8), (2, 2, 5, 8), (2, 2, 5, 6), (1, 4, 3, 5)),
-    case("attention, mask a sample", "Attention", (2, 4, 3, 8), (2, 2, 5, 8), (2, 2, 5, 6), (2, 1, 3, 5)),
-    case("attention, past", "Attention", (2, 3, 24), (2, 5, 12), (2, 5, 12), None, (2, 2, 4, 6), (2, 2, 4, 6), outputs=4,
-         q_num_heads=4, kv_num_heads=2, qk_matmul_output_mode=1),
-    case("attention, lengths", "Attention", (2, 4, 3, 8), (2, 4, 5, 8), (2, 4, 5, 6), None, None, None, ints(4, 5), opset=24),
-    case("rotary", "RotaryEmbedding", (2, 3, 4, 8), *_TABLES, index(2, 4, below=7)),
-    case("rotary, flat", "RotaryEmbedding", (2, 4, 24), *_TABLES, index(2, 4, below=7), num_heads=3),
-    case("rotary, flat and interleaved", "RotaryEmbedding", (2, 4, 24), (2, 4, 4), (2, 4, 4), num_heads=3, interleaved=1),
-    case("rotary, part", "RotaryEmbedding", (2, 3, 4, 8), (2, 4, 2), (2, 4, 2), rotary_embedding_dim=4),
-    case("multi-head", "MultiHeadAttention", (2, 3, 24), (2, 5, 24), (2, 5, 12), domain=MICROSOFT, num_heads=3),
-    case("multi-head, scaled", "MultiHeadAttention", (2, 3, 24), (2, 5, 24), (2, 5, 12), domain=MICROSOFT, num_heads=3, scale=0.5),
-    case("multi-head, biased", "MultiHeadAttention", (2, 3, 24), (2, 5, 24), (2, 5, 24), (72,), domain=MICROSOFT, num_heads=3),
-    case("packed attention", "Attention", (2, 3, 8), (8, 36), (36,), domain=MICROSOFT, num_heads=3),
-    case("packed attention, mask", "Attention", (2, 3, 8), (8, 36), (36,), np.array([[1, 1, 0], [1, 1, 1]], np.int32), domain=MICROSOFT,
-         num_heads=3),
-    case("packed attention, present", "Attention", (2, 3, 8), (8, 36), (36,), domain=MICROSOFT, num_heads=3, outputs=2),
-]
 OTHERS = [
     case("grid sample", "GridSample", (2, 4, 3, 3), (2, 5, 5, 2)),
     case("region align", "RoiAlign", (2, 4, 6, 6), positive(3, 4), ints(0, 1, 0), output_height=2, output_width=2),
@@ -288,14 +262,12 @@ OTHERS = [
     case("dequantize blocks", "DequantizeLinear", np.arange(24, dtype=np.int8).reshape(8, 3), (4, 3), axis=0, block_size=2),
     case("dequantize a vector", "DequantizeLinear", np.arange(6, dtype=np.int8), positive(1), opset=13),
 ]
-CASES = CONVOLUTIONS + PRODUCTS + ELEMENTWISE + LAYOUT + REDUCTIONS + NORMS + RECURRENT + ATTENTION + OTHERS
+CASES = CONVOLUTIONS + PRODUCTS + ELEMENTWISE + LAYOUT + REDUCTIONS + NORMS + RECURRENT + OTHERS
 
 NOTHING = {
     "fused matmul, batch": "it transposes a batch axis",
     "reshape, crossing": "the reshape neither splits nor merges axes",
     "batch norm, not spatial": "does not fit",
-    "multi-head, biased": "its form",
-    "packed attention, present": "-> b s (h d), -",
     "reshape of opset 1": "its shape is unknown",
     "pad of opset 1": "its shape is unknown",
     "compress": "->",

@@ -1,6 +1,6 @@
 """The one table: what every operator does with the axes of its operands. See `spa.signatures.table`."""
 
-from spa.signatures import contraction, elementwise, indexing, layout, normalization, opaque, reduction, sequence
+from spa.signatures import attention, contraction, elementwise, indexing, layout, normalization, opaque, reduction, rotary, sequence
 from spa.signatures.table import FIXED, MAP, STAT, SUM, Carry, Kind, Refusal, Signature, operators, rule_of, signature
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Kind",
     "Refusal",
     "Signature",
+    "attention",
     "contraction",
     "elementwise", "indexing",
     "layout",
@@ -19,6 +20,7 @@ __all__ = [
     "opaque",
     "operators",
     "reduction",
+    "rotary",
     "rule_of",
     "sequence",
     "signature",

@@ -109,6 +109,19 @@ class Carry:
 
 
 @dataclass(frozen=True)
+class Demand:
+    """What a kernel wants of how many positions of a dim there are: a multiple of `multiple`, and `least` of them.
+
+    cause: why, in words that follow what may shrink.
+    """
+
+    dim: str
+    multiple: int = 1
+    least: int = 1
+    cause: str = ""
+
+
+@dataclass(frozen=True)
 class Window:
     """How a kernel slides over the space axes; `same` is the auto_pad attribute where that decides the pads at run time.
 
@@ -159,6 +172,7 @@ class Signature:
     adds: tuple[int, ...] = ()  # inputs that are added up, element by element
     picked: Mapping[str, int] = field(default_factory=dict)  # FIXED dims of which positions are picked -> the input that holds these
     roles: Mapping[str, str] = field(default_factory=dict)  # of dims in an operator that holds an attention, see `spa.kinds`
+    demands: tuple[Demand, ...] = ()  # of the kernel, on the sizes of dims
 
     def __str__(self) -> str:
         def operand(axes: Operand) -> str:
@@ -285,6 +299,7 @@ def make(
     linear: tuple[Linear, ...] = (),
     moments: tuple[int, int] | None = None,
     roles: Mapping[str, str] | None = None,
+    demands: tuple[Demand, ...] = (),
     **more: Kind,
 ) -> Signature | Refusal:
     """Signature of a node from its pattern.
@@ -329,7 +344,7 @@ def make(
     for i in range(1, len(blank) + 1):
         all_kinds[f"_{i}"] = FIXED
     return Signature(inputs, tuple(outputs), all_kinds, fixed, known, tuple(carries), macs=macs, linear=linear, moments=moments,
-                     roles=dict(roles or {}))
+                     roles=dict(roles or {}), demands=demands)
 
 
 def _rank(tokens: Iterable[str], stars: Mapping[str, int]) -> int | None:
