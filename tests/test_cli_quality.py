@@ -10,8 +10,8 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
+from repair_cases import drawn, network
 from test_cli import convnet, refused, run
-from test_repair import drawn, network
 
 import spa
 

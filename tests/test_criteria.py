@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from test_repair import drawn, im2col, network, outputs_of, weights_of
+from repair_cases import drawn, im2col, network, outputs_of, weights_of
 from test_trace import ints, net
 
 import spa

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
-from test_repair import KINDS, batches, case, outputs_of
+from repair_cases import KINDS, batches, case, outputs_of
 from test_trace import ints, net
 
 import spa

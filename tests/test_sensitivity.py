@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from repair_cases import drawn
 from test_cli import convnet, frozen_net, refused, run
-from test_repair import drawn
 from test_sweep import folder  # noqa: F401
 
 import spa

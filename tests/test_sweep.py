@@ -17,8 +17,8 @@ import pytest
 from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
+from repair_cases import drawn
 from test_cli import convnet, refused, run
-from test_repair import drawn
 
 import spa
 from spa import files, parallel, share
