@@ -14,6 +14,7 @@ from spa.choose import Options, choose
 from spa.count import Counts, count
 from spa.criteria import criterion
 from spa.errors import BadFile, BadModel, BadOption, BadPlan, CheckFailed, NothingToPrune, SpaError, UnsupportedModel
+from spa.frameworks.torch_module import apply_to_torch
 from spa.groups import Group, Groups, find_groups
 from spa.masking import masked
 from spa.normalize import normalize
@@ -58,6 +59,7 @@ __all__ = [
     "UnsupportedModel",
     "analyze",
     "apply",
+    "apply_to_torch",
     "choose",
     "compare",
     "count",
