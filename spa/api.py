@@ -28,6 +28,7 @@ from spa.files import Pieces
 from spa.groups import Groups
 from spa.plan import Plan, load_plan, make_plan, mask_of
 from spa.planner import Planner
+from spa.protect import parsed
 from spa.prove import check_shapes, failure, prove, runnable
 from spa.refine import refined
 from spa.repair import Repaired, RepairOptions
@@ -98,6 +99,7 @@ def plan(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     units: Sequence[str] = (),
+    protect: Sequence[str] = (),
     ratios: Mapping[str, float] | None = None,
     protect_outputs: bool = True,
     stat: bool = True,
@@ -119,8 +121,8 @@ def plan(
     ratio: share of the channels of each group that goes, between 0 and 1; 0.5 if there is no target either. criterion: a name of the
     registry. scope: local, global or isomorphic. multiple_of: widths are rounded to it; "auto" is what the provider likes.
     include, exclude: globs or /regexes/ on the names of groups, nodes and values, or "kind:head". units: kinds of groups that may shrink
-    (`spa.kinds.KINDS`), all if empty. ratios: pattern -> ratio of its own.
-    stat: whether axes that a normalisation runs over may shrink. keep_state: whether a cache that is carried from call to call
+    (`spa.kinds.KINDS`), all if empty. protect: what stays, "pattern" or "pattern: coordinates" (`spa.protect`). ratios: pattern -> ratio of
+    its own. stat: whether axes that a normalisation runs over may shrink. keep_state: whether a cache that is carried from call to call
     stays as it is (`spa.state`). calibration: data for criteria that look at any: a `Calibration`, an
     `Evidence` or what `spa.calibration` takes. aggregate, normalize: how scores of a group's layers are put together, and made comparable
     between groups. swaps: rounds of exchanging removed for kept channels while the error after repair falls. loss: for gradients.
@@ -133,7 +135,7 @@ def plan(
     check_limits(budget, ratio, scope)
     asked = 0.5 if ratio is None else ratio
     options = Options(asked, scope or "local", multiple_of, keep_at_least, tuple(include), tuple(exclude), dict(ratios or {}), normalize,
-                      tuple(units))  # fmt: skip
+                      tuple(units), tuple(protect))  # fmt: skip
     needs = criteria.get(criterion).needs
     analysis = model if isinstance(model, Analysis) else analyze(
         model, inputs=inputs, protect_outputs=protect_outputs, stat=stat, keep_state=keep_state, stage=stage)  # fmt: skip
@@ -167,7 +169,8 @@ def plan(
     notes = {**dict.fromkeys(scores.instead, f"was scored by l2: no layer sums over it, so {criterion} says nothing of it"), **found}
     if swaps and data is not None:
         with stage("exchanging"):
-            gone = refined(analysis.normal.model.graph, groups, gone, data, rounds=swaps, seed=seed)
+            held = find_space(groups, options, block=block).held
+            gone = refined(analysis.normal.model.graph, groups, gone, data, rounds=swaps, seed=seed, held=held)
     chosen = {
         "ratio": None if budget.asks else asked,
         "criterion": criterion,
@@ -178,6 +181,7 @@ def plan(
         "include": list(include),
         "exclude": list(exclude),
         "units": list(units),
+        "protect": list(protect),
         "ratios": dict(ratios or {}),
         "seed": seed,
     }
@@ -264,6 +268,7 @@ def prune(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     units: Sequence[str] = (),
+    protect: Sequence[str] = (),
     ratios: Mapping[str, float] | None = None,
     protect_outputs: bool = True,
     stat: bool = True,
@@ -295,7 +300,8 @@ def prune(
     evidence = evidence_for(analysis, calibration, seed=seed, stage=stage)
     wishes = {
         "criterion": criterion, "scope": scope, "multiple_of": multiple_of, "keep_at_least": keep_at_least, "include": include,
-        "exclude": exclude, "units": units, "ratios": ratios, "aggregate": aggregate, "normalize": normalize, "swaps": swaps, "loss": loss,
+        "exclude": exclude, "units": units, "protect": protect, "ratios": ratios, "aggregate": aggregate, "normalize": normalize,
+        "swaps": swaps, "loss": loss,
         "damping": repair.damping if isinstance(repair, RepairOptions) else DAMPING,
     }  # fmt: skip
     return carried_out(analysis, wishes, ratio=ratio, budget=replace(budget_of(target), repair=repair), evidence=evidence, steps=steps,
@@ -323,6 +329,8 @@ def carried_out(
     if steps == 1:
         return carry_out(analysis, decide(analysis, evidence, budget, ratio, {}), evidence)
     check_limits(budget, ratio, wishes["scope"])
+    if any(line.ranges for line in parsed(wishes.get("protect") or ())):
+        raise BadOption("--protect counts coordinates of the model as it is, which move with each step: prune in one step, or name groups.")
     local = wishes["scope"] in (None, "local")
     return prune_in_steps(analysis, Stages(decide, carry_out), steps, ratio=ratio, local=local, budget=budget, evidence=evidence)
 

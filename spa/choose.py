@@ -6,7 +6,7 @@ import fnmatch
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import networkx as nx
 import numpy as np
@@ -16,6 +16,7 @@ from spa.demands import ANY, demands_of
 from spa.errors import BadOption
 from spa.groups import Group, Groups
 from spa.kinds import KINDS
+from spa.protect import parsed, protected
 from spa.score import Scores
 from spa.signatures.table import dims_of
 from spa.trace import node_name
@@ -38,7 +39,7 @@ SLACK = 1 / 6  # of a group's size: how far rounding to a block may lead away fr
 class Options:
     """What to remove. `ratios` gives groups (globs or /regexes/ on names) a ratio of their own.
 
-    units: kinds of groups that may shrink (`spa.kinds.KINDS`), all if empty.
+    units: kinds of groups that may shrink (`spa.kinds.KINDS`), all if empty. protect: lines that name what stays (`spa.protect`).
 
     normalize: how scores of different groups are made comparable where groups compete (scope global or isomorphic).
     """
@@ -52,6 +53,7 @@ class Options:
     ratios: Mapping[str, float] = field(default_factory=dict)
     normalize: str = "mean"
     units: tuple[str, ...] = ()
+    protect: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, ratio in {"--ratio": self.ratio, **{f"the ratio of {k!r}": v for k, v in self.ratios.items()}}.items():
@@ -66,6 +68,7 @@ class Options:
             raise BadOption(f"--multiple-of is {self.multiple_of!r}, but must be 'auto' or a whole number from 1 on.")
         if self.keep_at_least < 1:
             raise BadOption(f"--keep-at-least is {self.keep_at_least}, but every group keeps at least one channel.")
+        parsed(self.protect)
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ def choose(groups: Groups, scores: Scores, options: Options, *, block: int = 16)
     isomorphic: one threshold among groups of the same structure (Fang et al. 2024, arXiv 2407.04616).
     """
     space = find_space(groups, options, block=block)
+    scores = replace(scores, held=space.held)
     quota = _quota(groups, space.chosen, scores, space.wanted, options)
     notes = dict(space.notes)
     kept: dict[int, int] = {}
@@ -97,23 +101,33 @@ def choose(groups: Groups, scores: Scores, options: Options, *, block: int = 16)
 
 
 def lowest(groups: Groups, scores: Scores, kept: Mapping[int, int]) -> NDArray[np.bool_]:
-    """Mask of the coordinates with the lowest scores, so that each group (by index) keeps as many as asked for."""
+    """Mask of the coordinates with the lowest scores, so that each group (by index) keeps as many as asked for; held ones go last."""
     gone = np.zeros(groups.total, bool)
     for index, keep in kept.items():
         group = groups.groups[index]
-        order = np.argsort(scores.values[group.coordinates], kind="stable")
-        gone[group.start + order[: group.size - keep]] = True
+        gone[group.start + order_of(group, scores)[: group.size - keep]] = True
     return gone
+
+
+def order_of(group: Group, scores: Scores) -> NDArray[np.int64]:
+    """(size,) a group's coordinates in the order in which they go."""
+    found = scores.values[group.coordinates]
+    held = np.zeros(group.size, bool) if scores.held is None else scores.held[group.coordinates]
+    return np.lexsort((found, held))
 
 
 @dataclass(frozen=True)
 class Space:
-    """What may shrink, and to which widths. wanted: group -> share that its options ask to remove. notes: group -> why it stays whole."""
+    """What may shrink, and to which widths. wanted: group -> share that its options ask to remove. notes: group -> why it stays whole.
+
+    held: (total,) coordinates that are protected.
+    """
 
     chosen: tuple[Group, ...]
     wanted: Mapping[int, float]
     notes: Mapping[str, str]
     widths: _Widths
+    held: NDArray[np.bool_] = field(repr=False)
 
     def kept(self, group: Group, target: float) -> int:
         """Width nearest to `target` that the rounding allows; the group's own size where there is none below it."""
@@ -133,10 +147,21 @@ def find_space(groups: Groups, options: Options, *, block: int = 16) -> Space:
     """The groups that the options let shrink, one factor of each product. Raises BadOption for patterns that match nothing."""
     notes: dict[str, str] = {}
     candidates = _selected(groups, options)
-    readers = readers_of(groups) if options.ratios else {}
+    readers = readers_of(groups) if options.ratios or options.protect else {}
+    held = protected(groups, options.protect, lambda pattern: _matching(groups, pattern, readers))
+    for group in candidates:
+        if held[group.coordinates].all():
+            notes[group.name] = "stays whole: all of it is protected (--protect)"
+    candidates = [g for g in candidates if g.name not in notes]
     wanted = {g.index: _own_ratio(g, options, readers) for g in candidates}
-    widths = _Widths(groups, options, block)
-    return Space(tuple(_one_factor_each(groups, candidates, wanted, widths, notes)), wanted, notes, widths)
+    widths = _Widths(groups, options, block, held)
+    return Space(tuple(_one_factor_each(groups, candidates, wanted, widths, notes)), wanted, notes, widths, held)
+
+
+def _matching(groups: Groups, pattern: str, readers: Mapping[str, list[str]]) -> list[Group]:
+    """Groups that a pattern means."""
+    _check_pattern(pattern)
+    return [g for g in groups.groups if matches([pattern], names_of(g, readers))]
 
 
 def matches(patterns: Iterable[str], names: Iterable[str]) -> bool:
@@ -213,8 +238,8 @@ def _own_ratio(group: Group, options: Options, readers: Mapping[str, list[str]])
 class _Widths:
     """Widths that a group may shrink to."""
 
-    def __init__(self, groups: Groups, options: Options, block: int) -> None:
-        self.groups, self.options, self.block = groups, options, block
+    def __init__(self, groups: Groups, options: Options, block: int, held: NDArray[np.bool_]) -> None:
+        self.groups, self.options, self.block, self.held = groups, options, block, held
         self.repeat, self.dense = _repeats(groups), _dense_inputs(groups)
         self.demands = demands_of(groups)
 
@@ -229,7 +254,8 @@ class _Widths:
 
     def kept(self, group: Group, target: float) -> int:
         """Width nearest to `target`; the group's own size where there is none below it."""
-        least = min(max(self.options.keep_at_least, self.demands.get(group.index, ANY).least), group.size)
+        demand = self.demands.get(group.index, ANY).least
+        least = min(max(self.options.keep_at_least, demand, int(self.held[group.coordinates].sum())), group.size)
         if self.options.multiple_of != "auto":
             return self._nearest(group, target, self._unit(group, int(self.options.multiple_of)), least)
         block, floor = self.block, (4 if group.index in self.dense else 1)
@@ -340,10 +366,10 @@ def _quota(groups: Groups, chosen: Sequence[Group], scores: Scores, wanted: Mapp
     for pool in pools.values():
         parts = []
         for group in pool:
-            found = scores.values[group.coordinates]
-            parts.append(NORMALIZATIONS[options.normalize](found))
+            found = NORMALIZATIONS[options.normalize](scores.values[group.coordinates])
+            parts.append(found if scores.held is None else np.where(scores.held[group.coordinates], np.inf, found))
         every = np.sort(np.concatenate(parts))
-        count = int(wanted[pool[0].index] * len(every) + 1e-6)
+        count = min(int(wanted[pool[0].index] * len(every) + 1e-6), int(np.isfinite(every).sum()))
         threshold = every[count - 1] if count else -np.inf
         for group, found in zip(pool, parts, strict=True):
             quota[group.index] = float(np.count_nonzero(found <= threshold))

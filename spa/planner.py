@@ -69,7 +69,7 @@ class Planner:
 
         `known`: what another planner of the same model, scores and data found out.
         """
-        self.analysis, self.space, self.scores, self.budget = analysis, space, scores, budget
+        self.analysis, self.space, self.scores, self.budget = analysis, space, replace(scores, held=space.held), budget
         self.seed, self.stage = seed, stage
         self.groups = analysis.groups
         self.fit, self.held, self.probe = evidence, budget.held, budget.probe or budget.held

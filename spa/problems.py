@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from spa.allocate import Allocation, Costs, Problem, allocate, check_possible
-from spa.choose import NORMALIZATIONS, Space
+from spa.choose import NORMALIZATIONS, Space, order_of
 from spa.costs import CostModel
 from spa.errors import BadOption
 from spa.groups import Groups
@@ -22,8 +23,8 @@ def score_losses(space: Space, scores: Scores, normalize: str) -> list[Array]:
     """Loss on each rung of each group's ladder: the sum of the scores that go, made comparable between groups."""
     found = []
     for group in space.chosen:
-        ordered = np.sort(NORMALIZATIONS[normalize](scores.values[group.coordinates]))
-        lost = np.concatenate([[0.0], np.cumsum(ordered - min(ordered[0], 0.0))])
+        ordered = NORMALIZATIONS[normalize](scores.values[group.coordinates])[order_of(group, replace(scores, held=space.held))]
+        lost = np.concatenate([[0.0], np.cumsum(ordered - min(ordered.min(), 0.0))])
         found.append(lost[group.size - space.ladder(group)])
     return found
 

@@ -19,11 +19,15 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Scores:
-    """(total,) score of each coordinate; NaN for groups that were not scored. instead: groups that the criterion says nothing of, by l2."""
+    """(total,) score of each coordinate; NaN for groups that were not scored. instead: groups that the criterion says nothing of, by l2.
+
+    held: (total,) coordinates that stay whatever their scores; None: none.
+    """
 
     criterion: str
     values: NDArray[np.float64]
     instead: tuple[str, ...] = ()
+    held: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)

@@ -338,8 +338,9 @@ class _Exchange:
         return self.scale * out
 
 
-def swap(layers: Sequence[Layer], gone: Mask, *, damping: float, rounds: int = 10, candidates: int = 8) -> Mask:
-    """(size,) a set of as many coordinates whose joint error is no larger: exchanges removed for kept ones while that helps.
+def swap(layers: Sequence[Layer], gone: Mask, *, damping: float, rounds: int = 10, candidates: int = 8, held: Mask | None = None) -> Mask:
+    """(size,) a set of as many coordinates whose joint error is no larger: exchanges removed for kept ones, not for `held` ones, while that
+    helps.
 
     Local search of OSSCAR (Meng et al. 2024, arXiv 2403.12983), with the exact change of the error for all pairs of the `candidates` kept
     coordinates that cost least and the `candidates` removed ones that would save most. A round makes all exchanges that help and do not
@@ -354,7 +355,7 @@ def swap(layers: Sequence[Layer], gone: Mask, *, damping: float, rounds: int = 1
         exchanges = [_Exchange(system, gone) for system in systems]
         cost = sum((x.costs() for x in exchanges), np.zeros(len(gone)))
         gain = sum((x.gains() for x in exchanges), np.zeros(len(gone)))
-        kept, back = np.flatnonzero(~gone), np.flatnonzero(gone)
+        kept, back = np.flatnonzero(~gone if held is None else ~gone & ~held), np.flatnonzero(gone)
         kept = kept[np.argsort(cost[kept], kind="stable")[:candidates]]
         back = back[np.argsort(-gain[back], kind="stable")[:candidates]]
         change = sum((x.pairs(kept, back) for x in exchanges), np.zeros((len(kept), len(back))))

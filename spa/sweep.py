@@ -68,6 +68,7 @@ def sweep(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     units: Sequence[str] = (),
+    protect: Sequence[str] = (),
     ratios: Mapping[str, float] | None = None,
     protect_outputs: bool = True,
     stat: bool = True,
@@ -118,7 +119,8 @@ def sweep(
     settings = grid(_several(ratio), _several(target), _several(criterion), methods, _several(scope), _several(allocation))
     wishes = {
         "multiple_of": multiple_of, "keep_at_least": keep_at_least, "include": tuple(include), "exclude": tuple(exclude),
-        "units": tuple(units), "ratios": dict(ratios or {}), "aggregate": aggregate, "normalize": normalize, "swaps": swaps, "loss": loss,
+        "units": tuple(units), "protect": tuple(protect), "ratios": dict(ratios or {}), "aggregate": aggregate, "normalize": normalize,
+        "swaps": swaps, "loss": loss,
     }  # fmt: skip
     _check(settings, wishes, calibration is not None, provider, bench, seconds, time_limit, jobs, backend)
     lab = experiment.prepare(

@@ -50,7 +50,7 @@ def losses(experiment: Experiment, repair: str, found: Scores) -> Known | Failur
         options = Options(multiple_of=experiment.wishes["multiple_of"], keep_at_least=experiment.wishes["keep_at_least"],
                           include=experiment.wishes["include"], exclude=experiment.wishes["exclude"],
                           ratios=experiment.wishes["ratios"], normalize=experiment.wishes["normalize"],
-                          units=experiment.wishes["units"])  # fmt: skip
+                          units=experiment.wishes["units"], protect=experiment.wishes["protect"])  # fmt: skip
         space = find_space(lab.analysis.groups, options, block=find(experiment.provider, "provider").block())
         # any target will do: which one it is plays no part in the losses
         budget = Budget(("macs=0.5",), "solver", metric=experiment.metric, held=lab.held, output=experiment.output,

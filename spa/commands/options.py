@@ -75,6 +75,9 @@ Exclude = Annotated[list[str] | None, typer.Option(
 Units = Annotated[str | None, typer.Option(
     "--units", metavar="KIND,…", help="Only groups of these kinds: head, neuron, channel, …, as `spa inspect` shows them.",
     show_default=False)]
+ProtectFile = Annotated[Path | None, typer.Option(
+    "--protect", metavar="FILE", help="What stays: lines of a pattern, or of a pattern: coordinates (heads.*: 3,7-9).",
+    show_default=False)]
 Ratios = Annotated[Path | None, typer.Option("--ratios", metavar="FILE", help="YAML or TOML: pattern -> ratio of its own.")]
 Protect = Annotated[bool, typer.Option("--protect-outputs/--no-protect-outputs", help="Leave the outputs' axes whole.")]
 NoStat = Annotated[bool, typer.Option("--no-stat", help="Leave axes that a normalisation runs over.")]

@@ -28,6 +28,7 @@ from spa.errors import BadOption
 from spa.explain import Cause, frozen_causes
 from spa.feeds import Feeds, one_sample
 from spa.plan import load_plan, mask_of
+from spa.protect import read_protect
 from spa.repair import DAMPING, RepairOptions
 from spa.store import load
 from spa.vocabulary_prune import carried_out
@@ -37,9 +38,8 @@ from spa.vocabulary_prune import carried_out
 def plan(
     model: given.ModelFile, output: given.PlanOut, ratio: given.Ratio = None, scope: given.Scope = None,
     criterion: given.Criterion = "l2", multiple_of: given.MultipleOf = "auto", keep_at_least: given.KeepAtLeast = 1,
-    include: given.Include = None, exclude: given.Exclude = None, units: given.Units = None, ratios: given.Ratios = None,
-    protect_outputs: given.Protect = True,
-    no_stat: given.NoStat = False,
+    include: given.Include = None, exclude: given.Exclude = None, units: given.Units = None, protect: given.ProtectFile = None,
+    ratios: given.Ratios = None, protect_outputs: given.Protect = True, no_stat: given.NoStat = False,
     keep_state: given.KeepState = False, seed: given.Seed = 0, inputs: given.Inputs = None, calibration: given.Source = None,
     preprocess: given.Preprocess = None, tokenizer: given.Tokenizer = None, samples: given.Samples = 256, batch: given.Batch = 32,
     length: given.Length = None, labels: given.Labels = None, aggregate: given.Aggregate = None, normalize: given.Normalize = "mean",
@@ -51,10 +51,10 @@ def plan(
     """Decide what goes, and write it down without touching the model."""
     term = Terminal(as_json, verbose)
     reads = reading.data_files({"--output": output}, calibration, preprocess, tokenizer, evaluate)
-    reading.check_outputs({"--output": output}, [model, ratios, *reads])
+    reading.check_outputs({"--output": output}, [model, ratios, protect, *reads])
     mending = reading.repair_options(repair, calibration, damping, "pruned", "dense", False, None)
-    wishes = _wishes(ratio, scope, criterion, multiple_of, keep_at_least, include, exclude, units, ratios, normalize, aggregate, swaps,
-                     loss, damping)
+    wishes = _wishes(ratio, scope, criterion, multiple_of, keep_at_least, include, exclude, units, protect, ratios, normalize, aggregate,
+                     swaps, loss, damping)
     budget = _budget(ratio, scope, target, allocation, max_drop, metric, output_name, provider, threads, time_limit, mending)
     analysis = analysis_of(term, model, inputs, protect_outputs, not no_stat, keep_state, outputs={"--output": output})
     evidence = evidence_of(term, analysis, calibration, preprocess, tokenizer, samples, batch, length, labels, seed)
@@ -109,9 +109,8 @@ def prune(
                                                   "with .plan.json.", show_default=False)] = None,
     scope: given.Scope = None, criterion: given.Criterion = "l2", multiple_of: given.MultipleOf = "auto",
     keep_at_least: given.KeepAtLeast = 1, include: given.Include = None, exclude: given.Exclude = None, units: given.Units = None,
-    ratios: given.Ratios = None, protect_outputs: given.Protect = True, no_stat: given.NoStat = False,
-    keep_state: given.KeepState = False, seed: given.Seed = 0,
-    no_check: given.NoCheck = False,
+    protect: given.ProtectFile = None, ratios: given.Ratios = None, protect_outputs: given.Protect = True, no_stat: given.NoStat = False,
+    keep_state: given.KeepState = False, seed: given.Seed = 0, no_check: given.NoCheck = False,
     tolerance: given.Tolerance = TOLERANCE, inputs: given.Inputs = None, feeds: given.FeedsFile = None, no_bench: given.NoBench = False,
     threads: given.Threads = 0, calibration: given.Source = None, preprocess: given.Preprocess = None,
     tokenizer: given.Tokenizer = None, samples: given.Samples = 256, batch: given.Batch = 32, length: given.Length = None,
@@ -128,10 +127,11 @@ def prune(
     term = Terminal(as_json, verbose)
     mending = reading.repair_options(repair, calibration, damping, repair_inputs, repair_target, no_norms, repaired_out)
     written = _written(output, reading.plan_name(output) if plan_out is None else plan_out, repaired_out) | reported.target(report_file)
-    reading.check_outputs(written, [model, ratios, feeds, *reading.data_files(written, calibration, preprocess, tokenizer, evaluate)])
+    reads = reading.data_files(written, calibration, preprocess, tokenizer, evaluate)
+    reading.check_outputs(written, [model, ratios, protect, feeds, *reads])
     reading.check_tolerance(tolerance)
-    wishes = _wishes(ratio, scope, criterion, multiple_of, keep_at_least, include, exclude, units, ratios, normalize, aggregate, swaps,
-                     loss, damping)
+    wishes = _wishes(ratio, scope, criterion, multiple_of, keep_at_least, include, exclude, units, protect, ratios, normalize, aggregate,
+                     swaps, loss, damping)
     budget = _budget(ratio, scope, target, allocation, max_drop, metric, output_name, provider, threads, time_limit, mending)
     if repaired_out is not None and steps > 1:
         raise BadOption("--repaired-out goes with one step: after more there is no model of the first one's shape that was repaired alone.")
@@ -166,18 +166,18 @@ def prune(
 
 def _wishes(
     ratio: float | None, scope: str | None, criterion: str, multiple_of: str, keep_at_least: int, include: list[str] | None,
-    exclude: list[str] | None, units: str | None, ratios: Path | None, normalize: str, aggregate: str | None, swaps: int, loss: str,
-    damping: float,
+    exclude: list[str] | None, units: str | None, protect: Path | None, ratios: Path | None, normalize: str, aggregate: str | None,
+    swaps: int, loss: str, damping: float,
 ) -> dict[str, Any]:
     """What `api.plan` is told, checked before anything is read."""
     criteria.get(criterion)
     width, own = reading.multiple_of(multiple_of), reading.read_ratios(ratios)
     options = Options(0.5 if ratio is None else ratio, scope or "local", width, keep_at_least, tuple(include or ()), tuple(exclude or ()),
-                      own, normalize, reading.units(units))
+                      own, normalize, reading.units(units), () if protect is None else read_protect(protect))
     return {
         "scope": scope, "criterion": criterion, "multiple_of": width, "keep_at_least": keep_at_least,
-        "include": options.include, "exclude": options.exclude, "units": options.units, "ratios": own, "normalize": normalize,
-        "aggregate": aggregate, "swaps": swaps, "loss": loss, "damping": damping,
+        "include": options.include, "exclude": options.exclude, "units": options.units, "protect": options.protect, "ratios": own,
+        "normalize": normalize, "aggregate": aggregate, "swaps": swaps, "loss": loss, "damping": damping,
     }  # fmt: skip
 
 

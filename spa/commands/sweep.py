@@ -22,6 +22,7 @@ from spa.commands.terminal import Terminal
 from spa.errors import BadOption
 from spa.evidence import Evidence
 from spa.points import COSTS, Setting, Sweep, grid
+from spa.protect import read_protect
 from spa.repair_options import RepairOptions
 from spa.report import printable
 from spa.sensitivity import RATIOS
@@ -64,7 +65,7 @@ def sweep(
     jobs: Jobs = 1, backend: Backend = "loky",
     retry: Annotated[bool, typer.Option("--retry", help="Try points again that failed before.")] = False,
     multiple_of: given.MultipleOf = "auto", keep_at_least: given.KeepAtLeast = 1, include: given.Include = None,
-    exclude: given.Exclude = None, units: given.Units = None, ratios: given.Ratios = None,
+    exclude: given.Exclude = None, units: given.Units = None, protect: given.ProtectFile = None, ratios: given.Ratios = None,
     protect_outputs: given.Protect = True, no_stat: given.NoStat = False, keep_state: given.KeepState = False,
     inputs: given.Inputs = None, seed: given.Seed = 0, no_check: given.NoCheck = False, tolerance: given.Tolerance = TOLERANCE,
     aggregate: given.Aggregate = None, normalize: given.Normalize = "mean", swaps: given.Swaps = 0, loss: given.Loss = "auto",
@@ -98,8 +99,8 @@ def sweep(
         found = prune_all(
             analysis, output, **wanted, multiple_of=reading.multiple_of(multiple_of), keep_at_least=keep_at_least,
             include=tuple(include or ()), exclude=tuple(exclude or ()), units=reading.units(units),
-            ratios=reading.read_ratios(ratios), seed=seed, check=not no_check, tolerance=tolerance, calibration=data[0], evaluate=data[1],
-            metric=metric, output=output_name, aggregate=aggregate,
+            protect=() if protect is None else read_protect(protect), ratios=reading.read_ratios(ratios), seed=seed, check=not no_check,
+            tolerance=tolerance, calibration=data[0], evaluate=data[1], metric=metric, output=output_name, aggregate=aggregate,
             normalize=normalize, swaps=swaps, loss=loss, repair_options=mending, provider=provider, threads=threads,
             time_limit=time_limit, bench=bench, seconds=seconds, jobs=jobs, backend=backend, retry=retry, tell=tell, stage=term.stage,
         )  # fmt: skip
