@@ -8,6 +8,7 @@ This package imports nothing of ours.
 
 from passes.biases import insert_biases
 from passes.branches import drop_branches
+from passes.cast import Widened
 from passes.constants import drop_dead_nodes, fold_constants, merge_copies, unshare_constants
 from passes.ids import insert_id_maps
 from passes.mask import Compress, Mask, insert_masks
@@ -22,6 +23,7 @@ __all__ = [
     "Patch",
     "Removal",
     "Weight",
+    "Widened",
     "drop_branches",
     "drop_dead_nodes",
     "fold_constants",

@@ -69,8 +69,9 @@ class _Builder:
         return f"{stem}/masked{self.count}"
 
     def _variable(self, like: gs.Tensor) -> gs.Variable:
-        made = gs.Variable(self._name(like.name), dtype=None, shape=None)
-        self.types[made.name] = self.types.get(like.name, 0)
+        kind = self.types.get(like.name, 0)
+        made = gs.Variable(self._name(like.name), dtype=helper.tensor_dtype_to_np_dtype(kind) if kind else None, shape=None)
+        self.types[made.name] = kind
         return made
 
     def where(self, nodes: list[gs.Node], tensor: gs.Tensor, keep: NDArray[np.bool_]) -> gs.Tensor:

@@ -22,6 +22,7 @@ from spa.feeds import Feeds
 from spa.groups import Groups
 from spa.moved import place_of
 from spa.rewrite import copy_graph
+from spa.share import room
 from spa.spill import Spill
 from spa.stepper import LIMIT, Stepper
 from spa.store import Model, with_graph
@@ -67,7 +68,7 @@ def gather(model: Model, groups: Groups, source: Any, *, samples: int = SAMPLES,
     if isinstance(source, str) and source == MOMENTS:
         return Evidence("the norms' moments", (), model, True)
     opened = source if isinstance(source, Calibration) else calibration(source, groups.traced, seed=seed)
-    spill = Spill(LIMIT)
+    spill = Spill(room(LIMIT))
     batches = [{name: spill.keep(value) for name, value in batch.items()} for batch in opened]
     run = adapted(model, groups, [{k: v for k, v in b.items() if k != opened.labels} for b in batches]) if opened.noise else model
     labelled = opened.labels is not None and all(opened.labels in b for b in batches)  # functions may give labels, or not

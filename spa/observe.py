@@ -21,7 +21,9 @@ from spa.errors import BadOption, UnsupportedModel
 from spa.feeds import Feeds
 from spa.groups import Groups
 from spa.linear import Layer
+from spa.pieces import in_pieces, is_large
 from spa.rows import row_count, rows
+from spa.share import room
 from spa.solve import Moments
 from spa.stepper import tapped
 from spa.store import Model
@@ -186,8 +188,15 @@ Add = Callable[[int, Mapping[str, NDArray[Any]]], None]
 def stream(model: Model, types: Mapping[str, int], batches: Iterable[Feeds], values: Sequence[str], add: Add) -> int:
     """Runs a model over batches and hands `values` of each to `add(number, values)`. Returns how many batches there were.
 
+    A model that is too large to run as a whole runs in pieces: `add` is then called for each with the values that it makes, batch by batch.
     Raises UnsupportedModel in the runtime's words.
     """
+    if is_large(model):
+        held = list(batches)
+        for made in in_pieces(model, types, held, list(dict.fromkeys(values))) if held else ():
+            for number, found in enumerate(made):
+                add(number, found)
+        return len(held)
     names = [t.name for t in model.graph.inputs]
     opened = None
     number = 0
@@ -215,16 +224,16 @@ def _widened(types: Mapping[str, int]) -> dict[str, int]:
     return {n: 1 if t in (10, 16) else t for n, t in types.items()}
 
 
-def passes_of(layers: Sequence[Layer], memory: int = MEMORY) -> Iterator[list[Layer]]:
+def passes_of(layers: Sequence[Layer], memory: int | None = None) -> Iterator[list[Layer]]:
     """Layers that are observed in one pass: those that read the same rows together, others as long as their matrices fit."""
     by_key: dict[tuple[object, ...], list[Layer]] = {}
     for layer in layers:
         by_key.setdefault(layer.key, []).append(layer)
     chunk: list[Layer] = []
-    used = 0
+    used, most = 0, room(MEMORY) if memory is None else memory
     for same in by_key.values():
         size = sum(8 * len(p.columns) ** 2 for p in parts_of(same[0]))
-        if chunk and used + size > memory:
+        if chunk and used + size > most:
             yield chunk
             chunk, used = [], 0
         chunk += same
@@ -234,7 +243,7 @@ def passes_of(layers: Sequence[Layer], memory: int = MEMORY) -> Iterator[list[La
 
 
 def observe(
-    model: Model, groups: Groups, layers: Sequence[Layer], batches: Iterable[Feeds], *, count: int, seed: int = 0, memory: int = MEMORY
+    model: Model, groups: Groups, layers: Sequence[Layer], batches: Iterable[Feeds], *, count: int, seed: int = 0, memory: int | None = None
 ) -> Iterator[tuple[Layer, list[tuple[Part, Moments]]]]:
     """Moments of what each layer reads in the dense model, layer by layer; one pass over the data for each memory-full of matrices.
 
@@ -249,6 +258,8 @@ def observe(
 
         def add(number: int, values: Mapping[str, NDArray[Any]], first=first, grams=grams) -> None:  # type: ignore[no-untyped-def]
             for key, layer in first.items():
+                if layer.data not in values:
+                    continue
                 data = values[layer.data]
                 found = rows(layer, data, draw_rows(layer, data.shape, number, 1 / max(count, 1), seed))
                 for part, gram in grams[key]:

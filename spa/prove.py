@@ -14,6 +14,7 @@ from spa.errors import CheckFailed, UnsupportedModel
 from spa.feeds import Feeds, draw, shapes_to_try
 from spa.groups import Groups, Kept
 from spa.masking import masked
+from spa.pieces import in_pieces, is_large
 from spa.shapes import infer
 from spa.stages import Stage, quiet
 from spa.store import Model, with_graph
@@ -37,6 +38,13 @@ class Reference:
 
 def reference_of(normal: Model, groups: Groups, gone: NDArray[np.bool_], *, feeds: Feeds | None = None, seed: int = 0) -> Reference:
     """The masked original, with inputs that are drawn if none are given."""
+    if feeds is None:
+        return _reference(normal, groups, gone, runnable(normal, groups.traced, seed=seed), drawn=True)
+    return _reference(normal, groups, gone, feeds, drawn=False)
+
+
+def _reference(normal: Model, groups: Groups, gone: NDArray[np.bool_], feeds: Feeds, *, drawn: bool) -> Reference:
+    """drawn: whether the inputs are made up, so that ids of removed rows may be replaced; those that a user gave are refused instead."""
     kept = {
         t.name: {
             a: np.flatnonzero(k)
@@ -45,12 +53,11 @@ def reference_of(normal: Model, groups: Groups, gone: NDArray[np.bool_], *, feed
         }
         for t in normal.graph.outputs
     }
-    given = runnable(normal, groups.traced, seed=seed) if feeds is None else feeds
     ids = ids_of(groups, gone)
     if ids is not None:
-        given = ids.drawn(given) if feeds is None else ids.check(given)
-    own = given if ids is None else ids.renumbered(given)
-    return Reference(with_graph(normal, masked(normal.graph, groups, gone)), given, kept, own)
+        feeds = ids.drawn(feeds) if drawn else ids.check(feeds)
+    own = feeds if ids is None else ids.renumbered(feeds)
+    return Reference(with_graph(normal, masked(normal.graph, groups, gone)), feeds, kept, own)
 
 
 def prove(
@@ -64,14 +71,47 @@ def prove(
     tolerance: float = checking.TOLERANCE,
     stage: Stage = quiet,
 ) -> Check:
-    """Runs the masked original and the pruned model on the same inputs, in float32, and compares all outputs."""
+    """Runs the masked original and the pruned model on the same inputs, in float32, and compares all outputs.
+
+    Models whose weights would fill more memory than `spa.pieces.WHOLE`, or this process's share, run in pieces.
+    """
     with stage("proving"):
+        if is_large(normal):
+            return _proven_in_pieces(normal, groups, gone, small, feeds, seed, tolerance)
         reference = reference_of(normal, groups, gone, feeds=feeds, seed=seed)
         wide_reference, wide_given = widen(reference.model, reference.feeds)
         wide_small, small_given = widen(small, reference.given)
         if wide_small is not small:
             _must_load(small, normal)
         return checking.compare(wide_reference, wide_small, wide_given, kept=reference.kept, tolerance=tolerance, small_feeds=small_given)
+
+
+def _proven_in_pieces(
+    normal: Model, groups: Groups, gone: NDArray[np.bool_], small: Model, feeds: Feeds | None, seed: int, tolerance: float
+) -> Check:
+    """The proof in bounded memory: one model after the other, each piece by piece, on inputs that the masked original runs with."""
+    tries = [feeds] if feeds is not None else (draw(groups.traced, seed=seed, shapes=shapes) for shapes in shapes_to_try(groups.traced))
+    first: UnsupportedModel | None = None
+    for given in tries:
+        reference = _reference(normal, groups, gone, given, drawn=feeds is None)
+        try:
+            expected = _run_in_pieces(reference.model, groups, reference.feeds)
+        except UnsupportedModel as error:
+            first = first or error
+            continue
+        found = _run_in_pieces(small, groups, reference.given)
+        return checking.compare_results(expected, found, kept=reference.kept, tolerance=tolerance)
+    assert first is not None
+    raise UnsupportedModel(f"{first} (give sizes that fit with --input, inputs with --feeds, or --no-check)") from first
+
+
+def _run_in_pieces(model: Model, groups: Groups, feeds: Feeds) -> dict[str, NDArray[np.generic]]:
+    """Outputs by name."""
+    outputs = [t.name for t in model.graph.outputs]
+    found: dict[str, NDArray[np.generic]] = {}
+    for made in in_pieces(model, groups.traced.facts.types, [feeds], outputs):
+        found |= made[0]
+    return found
 
 
 def _must_load(small: Model, original: Model) -> None:

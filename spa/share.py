@@ -1,7 +1,8 @@
 """A process's share of the machine: how many threads each of its sessions may have where nobody says.
 
 Workers that run side by side set it, so that workers times threads are no more than there are cores. ONNX Runtime takes neither the
-process's affinity nor OMP_NUM_THREADS for an answer.
+process's affinity nor OMP_NUM_THREADS for an answer. In the same way a process is told how much memory it may fill with what could also
+wait in files or be worked through in pieces.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import TypeVar
 T = TypeVar("T")
 
 _share = 0
+_memory = 0
+_PARTS = 4  # of the memory: matrices, values between layers, calibration data, the part of a model that runs
 
 
 def keep_to(threads: int) -> None:
@@ -26,6 +29,17 @@ def keep_to(threads: int) -> None:
 def own_threads() -> int:
     """Threads of a session that nobody gave a number; 0 leaves it to the runtime."""
     return _share
+
+
+def limit_memory(nbytes: int) -> None:
+    """From now on what this process holds of matrices, values and running models stays below so many bytes in all; 0: the usual limits."""
+    global _memory
+    _memory = nbytes
+
+
+def room(usual: int) -> int:
+    """Bytes for one of the things that memory is shared among: the usual number, or less where memory is limited."""
+    return min(usual, _memory // _PARTS) if _memory else usual
 
 
 def cores() -> int:

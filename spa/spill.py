@@ -23,6 +23,8 @@ class Spill:
 
     def keep(self, array: NDArray[Any]) -> NDArray[Any]:
         """The array, or a mapped copy of it in a file."""
+        if not isinstance(array, np.ndarray):  # a sequence or a map: never large
+            return array
         if array.nbytes < SMALL or self.used + array.nbytes <= self.limit or array.dtype == object:
             self.used += array.nbytes
             return array
@@ -38,6 +40,8 @@ class Spill:
     def drop(self, array: NDArray[Any]) -> None:
         """Forgets an array that `keep` gave: its memory counts no more, its file goes."""
         path = self._files.pop(id(array), None)
+        if not isinstance(array, np.ndarray):
+            return
         if path is None:
             self.used -= array.nbytes
         else:

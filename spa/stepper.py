@@ -19,6 +19,7 @@ from onnx import ModelProto, helper
 from spa.check import session
 from spa.errors import UnsupportedModel
 from spa.feeds import Feeds
+from spa.share import room
 from spa.spill import Spill
 from spa.state import feeds_for
 from spa.store import Model, with_graph
@@ -40,7 +41,7 @@ def tapped(model: Model, graph: gs.Graph, inputs: Sequence[str], outputs: Sequen
     for node in reversed(graph.nodes):
         if any(t.name in need for t in node.outputs if t.name):
             nodes.append(node)
-            need |= {n for n in _reads(node) if n not in given}
+            need |= {n for n in reads(node) if n not in given}
     fresh: dict[str, gs.Tensor] = {}
 
     there = graph.tensors()
@@ -66,7 +67,7 @@ def tapped(model: Model, graph: gs.Graph, inputs: Sequence[str], outputs: Sequen
         gs.Node(n.op, n.name, dict(n.attrs), [tensor(t) for t in n.inputs], [tensor(t) for t in n.outputs], n.domain)
         for n in reversed(nodes)
     ]
-    used = {n for node in copies for n in _reads(node)} | wanted
+    used = {n for node in copies for n in reads(node)} | wanted
     part = gs.Graph(
         copies, [variable(n) for n in inputs if n in used], [variable(n) for n in outputs], name=graph.name, opset=graph.opset,
         import_domains=graph.import_domains,
@@ -76,7 +77,8 @@ def tapped(model: Model, graph: gs.Graph, inputs: Sequence[str], outputs: Sequen
     return replace(with_graph(model, part), header=header, nbytes=int(size))
 
 
-def _reads(node: gs.Node) -> set[str]:
+def reads(node: gs.Node) -> set[str]:
+    """Values that a node reads, those that its nested graphs take from outside among them."""
     return {t.name for t in node.inputs if t.name and not isinstance(t, gs.Constant)} | set(outer_values(node))
 
 
@@ -89,16 +91,23 @@ class Stepper:
         The model, and the type of each of its values (`Facts.types`). Constants may be replaced in its graph between steps.
     batches
         Inputs. They are held.
+    limit
+        Bytes of values that are held in memory; by default `LIMIT`, or this process's share if that is less.
+    lean
+        Whether sessions save memory at the cost of speed.
     """
 
-    def __init__(self, model: Model, types: Mapping[str, int], batches: Iterable[Feeds], *, limit: int = LIMIT, threads: int = 0) -> None:
-        self.model, self.types, self.threads = model, types, threads
+    def __init__(
+        self, model: Model, types: Mapping[str, int], batches: Iterable[Feeds], *, limit: int | None = None, threads: int = 0,
+        lean: bool = False,
+    ) -> None:  # fmt: skip
+        self.model, self.types, self.threads, self.lean = model, types, threads, lean
         names = {t.name for t in model.graph.inputs}
         self._held: list[dict[str, NDArray[Any]]] = [
             feeds_for(model.narrowed, {k: v for k, v in b.items() if k in names}) for b in batches
         ]
         self._left = list(model.graph.nodes)
-        self._spill = Spill(limit)
+        self._spill = Spill(room(LIMIT) if limit is None else limit)
         self._spill.used = sum(v.nbytes for held in self._held for v in held.values())
 
     def __enter__(self) -> Stepper:
@@ -124,27 +133,27 @@ class Stepper:
         for node in reversed(self._left):
             if any(t.name in need for t in node.outputs if t.name):
                 done.append(node)
-                need |= _reads(node) - there
+                need |= reads(node) - there
         ran = {id(n) for n in done}
         rest = [n for n in self._left if id(n) not in ran]
-        later = {n for node in rest for n in _reads(node)}
+        later = {n for node in rest for n in reads(node)}
         made = [t.name for n in reversed(done) for t in n.outputs if t.name]
         outputs = list(dict.fromkeys([*missing, *(n for n in made if n in later)]))
         part = tapped(self.model, self.model.graph, sorted(there), outputs, self.types)
-        opened = session(part, threads=self.threads)
+        opened = session(part, threads=self.threads, lean=self.lean)
         inputs = [i.name for i in opened.get_inputs()]
         for held in self._held:
             try:
                 results = opened.run(outputs, {n: held[n] for n in inputs})
             except Exception as error:  # onnxruntime raises classes of its own for each status
                 words = str(error).splitlines()[0]
-                raise UnsupportedModel(f"ONNX Runtime does not run the model on the calibration data: {words}") from error
+                raise UnsupportedModel(f"ONNX Runtime does not run the model on the data: {words}") from error
             for name, value in zip(outputs, results, strict=True):
                 held[name] = self._spill.keep(value)
         self._left = rest
 
     def _forget(self) -> None:
-        later = {n for node in self._left for n in _reads(node)}
+        later = {n for node in self._left for n in reads(node)}
         for held in self._held:
             for name in [n for n in held if n not in later]:
                 self._spill.drop(held.pop(name))

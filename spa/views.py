@@ -22,6 +22,7 @@ from spa.groups import Group, Groups
 from spa.linear import Layer, find_layers
 from spa.observe import MEMORY, Part, Vectors, draw_rows, observe, parts_of, stream
 from spa.rows import rows
+from spa.share import room
 from spa.store import Model
 from spa.sums import Sums
 from spa.view import dtype_holds_weights
@@ -145,7 +146,7 @@ class GroupViews:
         for group in chosen:
             keys = {x.key: x for x in self.readers.get(group.index, ())}
             size = sum(8 * len(p.columns) ** 2 for x in keys.values() for p in parts_of(x))
-            if chunk and used + size > MEMORY:
+            if chunk and used + size > room(MEMORY):
                 yield chunk
                 chunk, used = [], 0
             chunk.append(group)
@@ -168,7 +169,8 @@ class GroupViews:
 
         def add(_: int, values: Mapping[str, NDArray[Any]]) -> None:
             for (value, axis), vectors in found.items():
-                vectors.add(values[value], axis)
+                if value in values:
+                    vectors.add(values[value], axis)
 
         stream(self.data.model, self.groups.traced.facts.types, self.data.batches, [v for v, _ in places], add)
         return found
@@ -187,6 +189,8 @@ class GroupViews:
 
         def add(number: int, values: Mapping[str, NDArray[Any]]) -> None:
             for group, layer, view in pairs:
+                if layer.data not in values:
+                    continue
                 data = values[layer.data]
                 found = rows(layer, data, draw_rows(layer, data.shape, number, 1 / len(self.data.batches), self.seed))  # type: ignore[union-attr]
                 key = group.index, id(layer)

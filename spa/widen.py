@@ -7,7 +7,8 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import helper
 
-from passes import Weight
+from passes import Weight, Widened
+from passes.weights import PIECE_BYTES
 from spa.feeds import Feeds
 from spa.rewrite import copy_graph
 from spa.store import Model, with_graph
@@ -53,8 +54,11 @@ def _widen_tensor(tensor: gs.Tensor) -> bool:
         if np.dtype(tensor.dtype).name not in ("float16", "bfloat16"):
             return False
         values = tensor._values
-        array = values.load() if isinstance(values, Weight) else tensor.values
-        tensor._values = np.asarray(array).astype(np.float32)
+        if isinstance(values, Weight) and values.nbytes > PIECE_BYTES:
+            tensor._values = Widened(values)
+        else:
+            array = values.load() if isinstance(values, Weight) else tensor.values
+            tensor._values = np.asarray(array).astype(np.float32)
         tensor._export_dtype = None
         return True
     if _number(tensor.dtype) in HALF:

@@ -182,5 +182,5 @@ def test_a_part_of_a_model_is_a_model() -> None:
 
 def test_the_runtimes_words() -> None:
     wrong = [{"x": np.ones((4, 2, 5, 5), np.float32), "z": np.ones(1, np.float32)}]
-    with Stepper(*opened(branching()), wrong, threads=1) as stepper, pytest.raises(UnsupportedModel, match="on the calibration data: "):
+    with Stepper(*opened(branching()), wrong, threads=1) as stepper, pytest.raises(UnsupportedModel, match="on the data: "):
         stepper.step(["y"])
