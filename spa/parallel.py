@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from spa.errors import BadOption, SpaError
-from spa.share import cores, keep_to, threads_each
+from spa.share import cores, keep_to, limit_memory, memory_each, threads_each
 
 BACKENDS = ("loky", "ray")
 WATCH = "spa-watch"  # a worker's thread
@@ -54,18 +54,19 @@ def run(
         return
     count = jobs or cores()
     threads = threads_each(count)
+    share = threads, memory_each(count)
     workers = Parallel(n_jobs=count, backend="loky", return_as="generator_unordered", batch_size=1, inner_max_num_threads=threads)
     try:
-        yield from workers(delayed(_beside)(os.getpid(), i, threads, function, common, task) for i, task in enumerate(tasks))
+        yield from workers(delayed(_beside)(os.getpid(), i, share, function, common, task) for i, task in enumerate(tasks))
     except TerminatedWorkerError as error:
         raise SpaError("A worker died, probably for want of memory: give fewer --jobs; what is finished is kept.") from error
 
 
-def _beside(parent: int, number: int, threads: int, function: Callable[..., Any], common: Any, task: Task) -> tuple[int, Any]:
+def _beside(parent: int, number: int, share: tuple[int, int], function: Callable[..., Any], common: Any, task: Task) -> tuple[int, Any]:
     """Runs in a worker of this machine."""
     if not any(t.name == WATCH for t in threading.enumerate()):
         threading.Thread(target=_end_with, args=(parent,), name=WATCH, daemon=True).start()
-    return _numbered(number, threads, function, common, task)
+    return _numbered(number, share, function, common, task)
 
 
 def _end_with(parent: int) -> None:
@@ -75,9 +76,11 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _numbered(number: int, threads: int, function: Callable[..., Any], common: Any, task: Task) -> tuple[int, Any]:
-    """Runs in a worker."""
+def _numbered(number: int, share: tuple[int, int], function: Callable[..., Any], common: Any, task: Task) -> tuple[int, Any]:
+    """Runs in a worker, with its threads and its memory."""
+    threads, memory = share
     keep_to(threads)
+    limit_memory(memory)
     return number, function(_taken(common), *task)
 
 
@@ -126,6 +129,6 @@ def _on_ray(function: Callable[..., Any], common: Any, tasks: Sequence[Task], jo
         with Parallel(n_jobs=count, backend="ray", batch_size=1) as workers:
             for start in range(0, len(tasks), 2 * count):
                 part = enumerate(tasks[start : start + 2 * count], start)
-                yield from workers(delayed(_numbered)(i, 1, function, there, task) for i, task in part)
+                yield from workers(delayed(_numbered)(i, (1, memory_each(count)), function, there, task) for i, task in part)
     except ray.exceptions.RayError as error:
         raise SpaError(f"A worker of the Ray cluster died: {str(error).splitlines()[0]}; what is finished is kept.") from error

@@ -37,6 +37,11 @@ def limit_memory(nbytes: int) -> None:
     _memory = nbytes
 
 
+def memory_each(jobs: int) -> int:
+    """The limit for each of so many processes; 0 without one."""
+    return _memory // max(jobs, 1)
+
+
 def room(usual: int) -> int:
     """Bytes for one of the things that memory is shared among: the usual number, or less where memory is limited."""
     return min(usual, _memory // _PARTS) if _memory else usual

@@ -1,6 +1,7 @@
 """Large models run in pieces: with the same results, in the memory of a piece; and limits on memory change no plan and no repair."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,11 +9,13 @@ import onnx
 import pytest
 from onnx import numpy_helper
 from onnx_graphsurgeon.ir.tensor import LazyValues
+from typer.testing import CliRunner
 
 import spa
-from models.llama import LlamaConfig, llama_graph
+from models.llama import LlamaConfig, llama_graph, write_llama
 from passes import Weight, Widened
-from spa import api, observe, pieces, share, stepper
+from spa import api, observe, parallel, pieces, share, stepper
+from spa.cli import app
 from spa.errors import CheckFailed
 from spa.feeds import draw
 from spa.plan import mask_of
@@ -130,6 +133,33 @@ def test_room_is_a_share_of_the_limit(unlimited: None) -> None:
     share.limit_memory(2000)
     assert share.room(1000) == 500
     assert share.room(100) == 100
+
+
+def test_workers_get_their_part_of_the_limit(unlimited: None) -> None:
+    share.limit_memory(900)
+    assert share.memory_each(3) == 300
+    assert parallel._numbered(7, (1, share.memory_each(3)), lambda common: share.room(1000), None, ()) == (7, 75)
+    share.keep_to(0)
+
+
+@pytest.mark.parametrize("text,words", [
+    ("lots", "is no size: give one such as 4GB"), ("4", "is no size"), ("4 apples", "is no size"), ("1kB", "give at least 64MB"),
+])  # fmt: skip
+def test_limits_that_are_none_are_refused(unlimited: None, tmp_path: Path, text: str, words: str) -> None:
+    path = write_llama(LlamaConfig(layers=1), tmp_path)
+    done = CliRunner().invoke(app, ["prune", str(path), "-o", str(tmp_path / "small.onnx"), "--memory", text])
+    assert done.exit_code == 2
+    assert words in done.output
+    assert not (tmp_path / "small.onnx").exists()
+
+
+def test_a_limit_on_the_command_line_holds_for_that_command(unlimited: None, tmp_path: Path) -> None:
+    path = write_llama(LlamaConfig(layers=1), tmp_path)
+    command = ["prune", str(path), "--no-bench", "-o"]
+    assert CliRunner().invoke(app, [*command, str(tmp_path / "one.onnx"), "--memory", "64 MB"]).exit_code == 0
+    assert share.memory_each(1) == 64_000_000
+    assert CliRunner().invoke(app, [*command, str(tmp_path / "two.onnx")]).exit_code == 0
+    assert share.memory_each(1) == 0
 
 
 # ---------------------------------------------------------------------- float32 on the way

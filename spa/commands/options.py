@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from spa.commands.reading import limited
+
 ModelFile = Annotated[Path, typer.Argument(metavar="MODEL", help="An ONNX file.", show_default=False)]
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan made by `spa plan` or `spa prune`.", show_default=False)]
 Out = Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Where to write the pruned model.", show_default=False)]
@@ -89,6 +91,9 @@ Tolerance = Annotated[float, typer.Option("--tolerance", help="What the proof al
 Inputs = Annotated[list[str] | None, typer.Option("--input", metavar="NAME:1x3x224x224", help="Shape of an input; repeatable.")]
 FeedsFile = Annotated[Path | None, typer.Option("--feeds", metavar="FILE.npz", help="Inputs for the proof and the timing, by name.")]
 NoBench = Annotated[bool, typer.Option("--no-bench", help="Do not measure latency.")]
+Memory = Annotated[str | None, typer.Option(
+    "--memory", metavar="SIZE", callback=limited, show_default=False,
+    help="Most that statistics, data and running models fill, such as 4GB; what does not fit waits in files or runs in pieces.")]
 Threads = Annotated[int, typer.Option("--threads", min=0, help="Threads of the timing; 0: ONNX Runtime's choice.")]
 OtherWeights = Annotated[bool, typer.Option("--other-weights", help="Accept a model of the same graph with other weights.")]
 Vocab = Annotated[str | None, typer.Option(

@@ -46,7 +46,8 @@ def plan(
     swaps: given.Swaps = 0, loss: given.Loss = "auto", repair: given.Repair = None, damping: given.Damping = DAMPING,
     target: given.Target = None, allocation: given.Allocation = "auto", max_drop: given.MaxDrop = None, metric: given.Metric = None,
     evaluate: given.Evaluate = None, output_name: given.OutputName = None, provider: given.Provider = "cpu",
-    threads: given.Threads = 0, time_limit: given.TimeLimit = TIME_LIMIT, as_json: given.Json = False, verbose: given.Verbose = False,
+    threads: given.Threads = 0, memory: given.Memory = None,
+    time_limit: given.TimeLimit = TIME_LIMIT, as_json: given.Json = False, verbose: given.Verbose = False,
 ) -> int:
     """Decide what goes, and write it down without touching the model."""
     term = Terminal(as_json, verbose)
@@ -74,7 +75,7 @@ def plan(
 def apply(
     context: typer.Context, model: given.ModelFile, plan_file: given.PlanFile, output: given.Out, other_weights: given.OtherWeights = False,
     no_check: given.NoCheck = False, tolerance: given.Tolerance = TOLERANCE, seed: given.Seed = 0, feeds: given.FeedsFile = None,
-    calibration: given.Source = None, preprocess: given.Preprocess = None, tokenizer: given.Tokenizer = None,
+    memory: given.Memory = None, calibration: given.Source = None, preprocess: given.Preprocess = None, tokenizer: given.Tokenizer = None,
     samples: given.Samples = 256, batch: given.Batch = 32, length: given.Length = None, labels: given.Labels = None,
     repair: given.Repair = None, damping: given.Damping = DAMPING, repair_inputs: given.RepairInputs = "pruned",
     repair_target: given.RepairTarget = "dense", no_norms: given.NoNorms = False, repaired_out: given.RepairedOut = None,
@@ -112,7 +113,7 @@ def prune(
     protect: given.ProtectFile = None, ratios: given.Ratios = None, protect_outputs: given.Protect = True, no_stat: given.NoStat = False,
     keep_state: given.KeepState = False, seed: given.Seed = 0, no_check: given.NoCheck = False,
     tolerance: given.Tolerance = TOLERANCE, inputs: given.Inputs = None, feeds: given.FeedsFile = None, no_bench: given.NoBench = False,
-    threads: given.Threads = 0, calibration: given.Source = None, preprocess: given.Preprocess = None,
+    threads: given.Threads = 0, memory: given.Memory = None, calibration: given.Source = None, preprocess: given.Preprocess = None,
     tokenizer: given.Tokenizer = None, samples: given.Samples = 256, batch: given.Batch = 32, length: given.Length = None,
     labels: given.Labels = None, aggregate: given.Aggregate = None, normalize: given.Normalize = "mean", swaps: given.Swaps = 0,
     loss: given.Loss = "auto", repair: given.Repair = None, damping: given.Damping = DAMPING,

@@ -20,7 +20,11 @@ from spa.kinds import KINDS
 from spa.repair import RepairOptions
 from spa.samples import reason
 from spa.settings_file import read_settings
+from spa.share import limit_memory
 from spa.store import Model
+from spa.targets import UNITS
+
+LEAST_MEMORY = 64_000_000
 
 
 def multiple_of(text: str) -> int | str:
@@ -67,6 +71,20 @@ def read_ratios(path: Path | None) -> dict[str, float]:
         if isinstance(ratio, bool) or not isinstance(ratio, int | float):
             raise BadOption(f"The ratios file {path} gives {pattern!r} the ratio {ratio!r}, which is no number.")
     return {str(k): float(v) for k, v in found.items()}
+
+
+def limited(text: str | None) -> str | None:
+    """Limits this process's memory to a size such as 4GB, or lifts the limit for None. Raises BadOption for what is no size."""
+    nbytes = 0
+    if text is not None:
+        match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([A-Za-z]+)", text.strip())
+        if match is None or match[2] not in UNITS["memory"]:
+            raise BadOption(f"--memory {text!r} is no size: give one such as 4GB or 800MiB.")
+        nbytes = int(float(match[1]) * UNITS["memory"][match[2]])
+        if nbytes < LEAST_MEMORY:
+            raise BadOption(f"--memory {text} is less than anything can be done in: give at least {LEAST_MEMORY // 1_000_000}MB.")
+    limit_memory(nbytes)
+    return text
 
 
 def read_shapes(texts: Sequence[str], model: Model) -> dict[str, list[int]]:

@@ -59,7 +59,7 @@ def sweep(
     samples: given.Samples = 256, batch: given.Batch = 32, length: given.Length = None, labels: given.Labels = None,
     bench: Annotated[bool, typer.Option("--bench", help="Also time each point against the model as it is, on --provider.")] = False,
     seconds: Annotated[float, typer.Option("--seconds", help="Time for each of these races, about.")] = SECONDS,
-    provider: given.Provider = "cpu", threads: given.Threads = 1,
+    provider: given.Provider = "cpu", threads: given.Threads = 1, memory: given.Memory = None,
     against: Annotated[str | None, typer.Option("--against", metavar="COST", help="Cost that the front goes by: macs, params, size, "
                                                 "memory, latency; by default what was asked for.", show_default=False)] = None,
     jobs: Jobs = 1, backend: Backend = "loky",
@@ -125,7 +125,8 @@ def sensitivity(
     calibration: given.Source = None,
     evaluate: given.Evaluate = None, metric: given.Metric = None, output_name: given.OutputName = None,
     preprocess: given.Preprocess = None, tokenizer: given.Tokenizer = None, samples: given.Samples = 256, batch: given.Batch = 32,
-    length: given.Length = None, labels: given.Labels = None, provider: given.Provider = "cpu", jobs: Jobs = 1, backend: Backend = "loky",
+    length: given.Length = None, labels: given.Labels = None, provider: given.Provider = "cpu", jobs: Jobs = 1,
+    backend: Backend = "loky", memory: given.Memory = None,
     multiple_of: given.MultipleOf = "auto", keep_at_least: given.KeepAtLeast = 1, include: given.Include = None,
     exclude: given.Exclude = None, units: given.Units = None, protect_outputs: given.Protect = True,
     no_stat: given.NoStat = False,
