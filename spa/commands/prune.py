@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +22,7 @@ from spa.commands import reading, reported, vocabulary
 from spa.commands.app import app
 from spa.commands.common import analysis_of, evidence_of, opened_model
 from spa.commands.terminal import Terminal
+from spa.companions import Written, find_companions
 from spa.count import count
 from spa.engines import find as find_engine
 from spa.errors import BadOption
@@ -30,6 +31,7 @@ from spa.feeds import Feeds, one_sample
 from spa.plan import load_plan, mask_of
 from spa.protect import read_protect
 from spa.repair import DAMPING, RepairOptions
+from spa.state_report import states, states_data
 from spa.store import load
 from spa.vocabulary_prune import carried_out
 
@@ -79,7 +81,7 @@ def apply(
     samples: given.Samples = 256, batch: given.Batch = 32, length: given.Length = None, labels: given.Labels = None,
     repair: given.Repair = None, damping: given.Damping = DAMPING, repair_inputs: given.RepairInputs = "pruned",
     repair_target: given.RepairTarget = "dense", no_norms: given.NoNorms = False, repaired_out: given.RepairedOut = None,
-    report_file: given.Report = None, as_json: given.Json = False, verbose: given.Verbose = False,
+    report_file: given.Report = None, companions: given.Companions = None, as_json: given.Json = False, verbose: given.Verbose = False,
 ) -> int:
     """Remove what a plan says, prove that nothing else changed, and write the pruned model."""
     term = Terminal(as_json, verbose)
@@ -87,19 +89,22 @@ def apply(
     written = _written(output, None, repaired_out) | reported.target(report_file)
     reading.check_outputs(written, [model, plan_file, feeds, *reading.data_files(written, calibration, preprocess, tokenizer)])
     reading.check_tolerance(tolerance)
+    found = find_companions(model, output, companions)
     decided = load_plan(plan_file)
     opened = opened_model(term, model, written)
     analysis = api.analyzed_for(opened, decided, other_weights=other_weights, stage=term.stage)
     evidence = evidence_of(term, analysis, calibration, preprocess, tokenizer, samples, batch, length, labels, seed)
     result = api.apply(analysis, decided, check=not no_check, seed=seed, tolerance=tolerance, feeds=reading.read_feeds(feeds, opened),
                        repair=mending, calibration=evidence, stage=term.stage)
+    written_beside = vocabulary.companions(result, found, model, output)
     with term.stage("writing"):
-        result.save(output)
+        result.save(output, beside=written_beside.files)
         _save_repaired(result, repaired_out)
     sizes = opened.nbytes, load(output).nbytes
     reported.write(report_file, context, result, None, sizes)
     data = {"model": str(model), "plan": str(plan_file), "output": str(output), **_result(result, sizes, None)}
-    term.show(data, *_tables(result, sizes, None), Text(f"wrote {report.printable(str(output))}"))
+    data["companions"] = _beside_data(written_beside)
+    term.show(data, *_tables(result, sizes, None), *_beside(written_beside, [output]))
     return 0
 
 
@@ -118,7 +123,7 @@ def prune(
     labels: given.Labels = None, aggregate: given.Aggregate = None, normalize: given.Normalize = "mean", swaps: given.Swaps = 0,
     loss: given.Loss = "auto", repair: given.Repair = None, damping: given.Damping = DAMPING,
     repair_inputs: given.RepairInputs = "pruned", repair_target: given.RepairTarget = "dense", no_norms: given.NoNorms = False,
-    repaired_out: given.RepairedOut = None, report_file: given.Report = None,
+    repaired_out: given.RepairedOut = None, report_file: given.Report = None, companions: given.Companions = None,
     target: given.Target = None, allocation: given.Allocation = "auto", max_drop: given.MaxDrop = None, metric: given.Metric = None,
     evaluate: given.Evaluate = None, output_name: given.OutputName = None, provider: given.Provider = "cpu",
     time_limit: given.TimeLimit = TIME_LIMIT, steps: given.Steps = 1, vocab: given.Vocab = None, vocab_side: given.VocabSide = "both",
@@ -131,6 +136,7 @@ def prune(
     reads = reading.data_files(written, calibration, preprocess, tokenizer, evaluate)
     reading.check_outputs(written, [model, ratios, protect, feeds, *reads])
     reading.check_tolerance(tolerance)
+    found = find_companions(model, output, companions)
     wishes = _wishes(ratio, scope, criterion, multiple_of, keep_at_least, include, exclude, units, protect, ratios, normalize, aggregate,
                      swaps, loss, damping)
     budget = _budget(ratio, scope, target, allocation, max_drop, metric, output_name, provider, threads, time_limit, mending)
@@ -152,16 +158,17 @@ def prune(
         result = api.carried_out(analysis, wishes, budget=budget, evidence=evidence, steps=steps, **how)
     else:
         result = carried_out(analysis, wish, evidence, wishes, repair=mending, **how)
+    written_beside = vocabulary.companions(result, found, model, output)
     timing = None if no_bench else _timing(term, result, fed, seed, threads, provider)
     with term.stage("writing"):
         beside = vocabulary.beside(wish, result, evidence, output, model)
-        result.save(output, plan=written["--plan-out"], beside=beside.files)
+        result.save(output, plan=written["--plan-out"], beside=[*beside.files, *written_beside.files])
         _save_repaired(result, repaired_out)
     sizes = opened.nbytes, load(output).nbytes
     reported.write(report_file, context, result, timing, sizes)
-    data = {"model": str(model), "plan": str(written["--plan-out"]), "output": str(output), **_result(result, sizes, timing), **beside.data}
-    names = " and ".join(report.printable(str(p)) for p in written.values())
-    term.show(data, *_tables(result, sizes, timing), *beside.shown, Text(f"wrote {names}"))
+    data = {"model": str(model), "plan": str(written["--plan-out"]), "output": str(output), **_result(result, sizes, timing), **beside.data,
+            "companions": _beside_data(written_beside)}
+    term.show(data, *_tables(result, sizes, timing), *beside.shown, *_beside(written_beside, written.values()))
     return 0
 
 
@@ -215,6 +222,17 @@ def _written(output: Path, plan_out: Path | None, repaired: Path | None) -> dict
     return found
 
 
+def _beside(beside: Written, files: Iterable[Path]) -> list[Any]:
+    """What was written, and what there is to know of the files beside the model."""
+    names = [report.printable(str(p)) for p in (*files, *(p for p, _ in beside.files))]
+    listed = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    return [*(Text(f"note: {report.printable(note)}") for note in beside.notes), Text(f"wrote {listed}")]
+
+
+def _beside_data(beside: Written) -> dict[str, Any]:
+    return {"files": [str(p) for p, _ in beside.files], "notes": list(beside.notes)}
+
+
 def _save_repaired(result: api.Result, path: Path | None) -> None:
     if path is not None:
         result.save_repaired(path, plan=reading.plan_name(path))
@@ -247,8 +265,8 @@ def _tables(result: api.Result, sizes: tuple[int, int], timing: Race | None) -> 
     groups = result.analysis.groups
     return [
         report.comparison(result.before, result.after, sizes=sizes, race=timing), *_met(result.plan),
-        report.pruned(result.plan, groups.by_name), report.frozen(frozen_causes(groups), result.before), *_notes(result.plan),
-        *_repair(result), report.proof(result.check),
+        report.pruned(result.plan, groups.by_name), *states(states_data(groups, result.gone)),
+        report.frozen(frozen_causes(groups), result.before), *_notes(result.plan), *_repair(result), report.proof(result.check),
     ]
 
 
@@ -267,4 +285,5 @@ def _result(result: api.Result, sizes: tuple[int, int], timing: Race | None) -> 
     data = _outcome(result.plan, result.before, result.after, frozen_causes(result.analysis.groups))
     data["before"]["file_bytes"], data["after"]["file_bytes"] = sizes
     repaired = None if result.repaired is None else report.repair_data(result.repaired)
-    return {**data, "repair": repaired, "proof": report.check_data(result.check), "latency": report.race_data(timing)}
+    return {**data, "repair": repaired, "proof": report.check_data(result.check),
+            "states": states_data(result.analysis.groups, result.gone), "latency": report.race_data(timing)}

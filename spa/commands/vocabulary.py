@@ -12,6 +12,7 @@ from rich.text import Text
 
 from spa.api import Result
 from spa.budget import Budget
+from spa.companions import Companions, Written
 from spa.errors import BadOption
 from spa.evidence import Evidence
 from spa.files import Pieces
@@ -78,3 +79,10 @@ def beside(wish: Wish | None, result: Result, evidence: Evidence | None, output:
         how = "not compared with the old one" if not compared else f"encodes all {compared:,} words compared as the old one does"
         lines.append(Text(f"tokenizer: {how}"))
     return Beside(files, {"vocabulary": told}, lines)
+
+
+def companions(result: Result, found: Companions | None, model: Path, output: Path) -> Written:
+    """The configurations beside the model as they belong beside the result, with new ids if any went and the model takes new ones."""
+    ids = result.ids
+    remap = None if ids is None or ids.promise.place == "graph" else lambda data: remapped(data, ids)
+    return result.companions(found, model, output, remap=remap)
