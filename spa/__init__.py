@@ -14,6 +14,7 @@ from spa.choose import Options, choose
 from spa.count import Counts, count
 from spa.criteria import criterion
 from spa.errors import BadFile, BadModel, BadOption, BadPlan, CheckFailed, NothingToPrune, SpaError, UnsupportedModel
+from spa.finetune import finetune
 from spa.frameworks.torch_module import apply_to_torch
 from spa.groups import Group, Groups, find_groups
 from spa.masking import masked
@@ -29,6 +30,7 @@ from spa.store import Model, load, save
 from spa.sweep import sweep
 from spa.sweep_report import write_sweep
 from spa.trace import trace
+from spa.training import Training
 
 __version__ = "0.1.0"
 
@@ -56,6 +58,7 @@ __all__ = [
     "Repaired",
     "Result",
     "SpaError",
+    "Training",
     "UnsupportedModel",
     "analyze",
     "apply",
@@ -65,6 +68,7 @@ __all__ = [
     "count",
     "criterion",
     "find_groups",
+    "finetune",
     "load",
     "load_plan",
     "make_plan",
