@@ -1,8 +1,9 @@
 """Graph-surgeon passes: each one function on a graphsurgeon Graph, told by plain data what to do.
 
 Two kinds, kept apart. Those that keep the function: `fold_constants`, `gather_shuffles`, `unshare_constants`, `merge_copies`,
-`drop_dead_nodes`. Those that change it as told: `remove_channels`, `drop_branches`, `insert_masks`; `insert_biases` adds zeros, for
-repair to fill, `insert_id_maps` lets a pruned vocabulary be fed as before. Each returns how many changes it made and is idempotent.
+`drop_dead_nodes`. Those that change it as told: `remove_channels`, `drop_branches`, `zero_branches`, `insert_gates`, `insert_masks`,
+`mix_outputs`; `insert_biases` adds zeros, for repair to fill, `insert_id_maps` lets a pruned vocabulary be fed as before. Each returns
+how many changes it made and is idempotent, unless it says otherwise.
 This package imports nothing of ours.
 """
 
@@ -10,8 +11,10 @@ from passes.biases import insert_biases
 from passes.branches import drop_branches
 from passes.cast import Widened
 from passes.constants import drop_dead_nodes, fold_constants, merge_copies, unshare_constants
+from passes.gates import Gate, insert_gates, zero_branches
 from passes.ids import insert_id_maps
 from passes.mask import Compress, Mask, insert_masks
+from passes.mixing import mix_outputs
 from passes.remove import DELETE, Patch, Removal, remove_channels
 from passes.shuffles import gather_shuffles
 from passes.weights import Weight
@@ -19,6 +22,7 @@ from passes.weights import Weight
 __all__ = [
     "DELETE",
     "Compress",
+    "Gate",
     "Mask",
     "Patch",
     "Removal",
@@ -29,9 +33,12 @@ __all__ = [
     "fold_constants",
     "gather_shuffles",
     "insert_biases",
+    "insert_gates",
     "insert_id_maps",
     "insert_masks",
     "merge_copies",
+    "mix_outputs",
     "remove_channels",
     "unshare_constants",
+    "zero_branches",
 ]

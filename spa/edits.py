@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from passes import drop_branches
+from passes import drop_branches, mix_outputs, zero_branches
 from spa.errors import BadPlan
 from spa.rewrite import copy_graph
 from spa.store import Model, with_graph
@@ -30,16 +30,20 @@ from spa.store import Model, with_graph
 class Kind:
     """A pass(graph, **arguments) that returns how many changes it made, and raises KeyError or ValueError where it does not fit the graph.
 
-    arrays: arguments that are fitted to data and no part of a plan. words: what such an edit does, for the note that it was left out.
+    other: a pass of the same arguments that leads to the same outputs in another way, as zeros do where branches go; for proofs. None
+    where `change` keeps the function or is its own definition. arrays: arguments that are fitted to data and no part of a plan. words: what
+    such an edit does, for the note that it was left out.
     """
 
     change: Callable[..., int]
+    other: Callable[..., int] | None = None
     arrays: tuple[str, ...] = ()
     words: str = ""
 
 
 KINDS: dict[str, Kind] = {
-    "drop_branches": Kind(drop_branches),
+    "drop_branches": Kind(drop_branches, zero_branches),
+    "mix_outputs": Kind(mix_outputs, arrays=("matrix",), words="The linear map that stands in for the dropped layers"),
 }
 
 
@@ -90,8 +94,11 @@ def _edit(record: Any, number: int, label: str) -> Edit:
     return Edit(record["kind"], {str(k): v for k, v in record.items() if k != "kind"})
 
 
-def edited(model: Model, edits: Sequence[Edit]) -> Edited:
-    """The model after the edits; `model` itself is not changed (weights are shared, not copied). Raises BadPlan where one does not fit."""
+def edited(model: Model, edits: Sequence[Edit], *, otherwise: bool = False) -> Edited:
+    """The model after the edits; `model` itself is not changed (weights are shared, not copied). Raises BadPlan where one does not fit.
+
+    otherwise: by the other pass of each kind that has one.
+    """
     if not edits:
         return Edited(model)
     graph = copy_graph(model.graph)
@@ -102,7 +109,8 @@ def edited(model: Model, edits: Sequence[Edit]) -> Edited:
             left_out.append(f"{kind.words or edit.kind} was left out: it is fitted to data, which a plan does not hold.")
             continue
         try:
-            kind.change(graph, **edit.arguments, **edit.arrays)
+            change = kind.other if otherwise and kind.other is not None else kind.change
+            change(graph, **edit.arguments, **edit.arrays)
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             reason = str(error.args[0]) if error.args else type(error).__name__
             raise BadPlan(f"Edit {number} ({edit.kind}) does not fit the model: {reason}.") from error

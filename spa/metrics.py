@@ -78,7 +78,7 @@ def top(k: int) -> Batch:
 
 
 def _agreement(found: Array, dense: Array, _: NDArray[np.generic] | None) -> tuple[float, float]:
-    one, other = _class_rows(found), _class_rows(dense)
+    one, other = class_rows(found), class_rows(dense)
     return 100.0 * float((one.argmax(1) == other.argmax(1)).sum()), len(one)
 
 
@@ -93,7 +93,7 @@ def _error(found: Array, dense: Array, _: NDArray[np.generic] | None) -> tuple[f
 
 
 def _kl(found: Array, dense: Array, _: NDArray[np.generic] | None) -> tuple[float, float]:
-    p, q = log_probabilities(_class_rows(dense)), log_probabilities(_class_rows(found))
+    p, q = log_probabilities(class_rows(dense)), log_probabilities(class_rows(found))
     return float((np.exp(p) * (p - q)).sum()), len(p)
 
 
@@ -105,7 +105,7 @@ def _entropy(found: Array, _: Array, labels: NDArray[np.generic] | None) -> tupl
     return -float(rows[np.flatnonzero(real), wanted[real]].sum()), int(real.sum())
 
 
-def _class_rows(output: Array) -> Array:
+def class_rows(output: Array) -> Array:
     """(rows, classes): maps of classes (n, c, h, w) by pixel, everything else along the last axis."""
     moved = np.moveaxis(output, 1, -1) if output.ndim == 4 else output
     return moved.reshape(-1, moved.shape[-1]) if output.ndim > 1 else output.reshape(-1, 1)

@@ -155,7 +155,7 @@ def test_edits_that_need_data_are_left_out_without_them(monkeypatch: pytest.Monk
         tensor._values = array
         return 1
 
-    monkeypatch.setitem(edits.KINDS, "fill", Kind(fill, ("array",), "a matrix"))
+    monkeypatch.setitem(edits.KINDS, "fill", Kind(fill, None, ("array",), "a matrix"))
     array = np.ones((16, 5), np.float32)
     analysis = spa.analyze(model(), edits=[Edit("fill", {"value": "w3"}, {"array": array})])
     assert not analysis.left_out

@@ -28,7 +28,8 @@ BitCast RandomNormalLike RandomUniformLike""".split()
 BROADCAST = """Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean
 Min Mod Mul Or Pow PRelu Sub Sum Where Xor""".split()
 
-ADDITIONS = frozenset({"Add", "Sum", "Sub"})
+SUMS = frozenset({"Add", "Sum"})
+ADDITIONS = SUMS | {"Sub"}
 
 
 def spread(shape: Shape, over: Shape, names: Sequence[str] | None = None) -> Operand:
@@ -80,7 +81,8 @@ def broadcast(node: NodeView) -> Signature | Refusal:
     if out is None:
         return Refusal("the shape of an operand is unknown")
     adds = tuple(range(len(shapes))) if node.op in ADDITIONS else ()
-    return Signature(tuple(spread(s, out) for s in shapes), tuple(spread(out, out) for _ in node.outputs), adds=adds)
+    return Signature(tuple(spread(s, out) for s in shapes), tuple(spread(out, out) for _ in node.outputs), adds=adds,
+                     sums=0 if node.op in SUMS else None)  # fmt: skip
 
 
 def legacy_axis(node: NodeView) -> Signature | None:

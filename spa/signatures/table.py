@@ -170,6 +170,7 @@ class Signature:
     moments: tuple[int, int] | None = None  # inputs that hold a stored mean and variance of input 0, a dim each channel
     affine: tuple[int, int | None] | None = None  # inputs that hold the scale and bias of what a normalisation gives
     adds: tuple[int, ...] = ()  # inputs that are added up, element by element
+    sums: int | None = None  # output that holds the plain sum of those inputs
     picked: Mapping[str, int] = field(default_factory=dict)  # FIXED dims of which positions are picked -> the input that holds these
     roles: Mapping[str, str] = field(default_factory=dict)  # of dims in an operator that holds an attention, see `spa.kinds`
     demands: tuple[Demand, ...] = ()  # of the kernel, on the sizes of dims

@@ -1,0 +1,326 @@
+"""Depth: which sub-layers or blocks go. Each method scores or searches; the removal itself is an edit (`spa.edits`).
+
+    analysis --sub_layers--> candidates --METHODS[method]--> Dropped: edits, and what each candidate scored
+
+A candidate is one sub-layer, or with `kind="block"` all sub-layers of a block. Scores are importances: the least important go first.
+Data that a method looks at are the calibration data; labels only where it says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spa.analysis import Analysis, analyze
+from spa.choose import matches
+from spa.edits import Edit
+from spa.errors import BadOption
+from spa.evidence import Evidence, adapted
+from spa.explain import near
+from spa.feeds import Feeds
+from spa.gates import Gated, Observer, Unit, channel_axis, rows
+from spa.metrics import METRICS, class_rows, log_probabilities
+from spa.stages import Stage, quiet
+from spa.sublayers import ATTENTION, BRANCH, MLP, NEST, SubLayer, SubLayers, sub_layers
+
+Array = NDArray[np.float64]
+BLOCK, ANY = "block", "any"
+CHOICES = (ANY, ATTENTION, MLP, BRANCH, BLOCK)
+
+
+@dataclass(frozen=True)
+class Depth:
+    """What is asked for.
+
+    drop: how many go: a number, a share between 0 and 1, or names and globs of sub-layers, which need no method. method: one of `METHODS`.
+    kind: which candidates there are: attention, mlp, branch, any (ranked together), or block. spare: share of the candidates, from the
+    first on, that stay (FinerCut's recipe for large models spares 0.4). distance: of outputs, for finercut: js or error.
+    """
+
+    drop: float | Sequence[str]
+    method: str = "finercut"
+    kind: str = ANY
+    spare: float = 0.0
+    distance: str = "js"
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            choice = ", ".join(METHODS)
+            raise BadOption(f"--layers: there is no method {self.method!r}{near(self.method, METHODS)}; the choice is: {choice}.")
+        if self.kind not in CHOICES:
+            raise BadOption(f"--layer-kind is {self.kind!r}, but must be one of {', '.join(CHOICES)}.")
+        if self.distance not in DISTANCES:
+            raise BadOption(f"The distance of outputs is {self.distance!r}, but must be one of {', '.join(DISTANCES)}.")
+        if not 0 <= self.spare < 1:
+            raise BadOption(f"The share of layers that are spared is {self.spare}, but must be 0 or more and below 1.")
+        if isinstance(self.drop, int | float) and not (self.drop > 0 and (self.drop < 1 or self.drop == int(self.drop))):
+            raise BadOption(f"--drop-layers is {self.drop:g}, but must be a number of layers, a share between 0 and 1, or names.")
+
+    def count(self, candidates: int) -> int:
+        """How many of the candidates go. Raises BadOption where there are too few."""
+        assert isinstance(self.drop, int | float)
+        wanted = max(1, round(self.drop * candidates)) if self.drop < 1 else int(self.drop)
+        if wanted >= candidates + (self.kind in (ATTENTION, MLP)):
+            raise BadOption(f"--drop-layers asks for {wanted} of {candidates} candidates of the kind {self.kind!r}; ask for fewer.")
+        return wanted
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What goes as one: a sub-layer, or those of a block."""
+
+    name: str
+    layers: tuple[SubLayer, ...]
+
+    @property
+    def before(self) -> str:
+        """The value that flows past it."""
+        return self.layers[0].trunk
+
+    @property
+    def after(self) -> str:
+        """The sum behind it."""
+        return self.layers[-1].total
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """What goes. scores: candidate -> importance, as the method saw it when it dropped the candidate, or at the end."""
+
+    layers: tuple[SubLayer, ...]
+    scores: Mapping[str, float]
+    edits: tuple[Edit, ...]
+    depth: Depth
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """As a plan holds it."""
+        gone = [{"name": s.name, "kind": s.kind, "block": s.block, "parameters": s.parameters, "macs": s.macs} for s in self.layers]
+        asked = {"drop": self.depth.drop, "method": self.depth.method, "kind": self.depth.kind, "spare": self.depth.spare}
+        return {**asked, "dropped": gone, "scores": dict(self.scores)}
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a method is told. candidates: in order of the graph, spared ones left out. everything: spared ones too."""
+
+    analysis: Analysis
+    found: SubLayers
+    candidates: tuple[Candidate, ...]
+    everything: tuple[Candidate, ...]
+    count: int
+    depth: Depth
+    batches: Sequence[Feeds]
+    labels: str | None
+    seed: int
+
+    def inputs(self) -> list[Feeds]:
+        """The batches without labels."""
+        return [{k: v for k, v in b.items() if k != self.labels} for b in self.batches]
+
+    def rows(self, found: Feeds, value: str) -> Array:
+        """A value that was observed as (positions, channels)."""
+        return rows(found[value], channel_axis(self.analysis.groups.traced, value))
+
+
+Method = Callable[[Search], tuple[list[Candidate], dict[str, float], tuple[Edit, ...]]]
+"""What goes, the scores, and edits that come before the removal."""
+
+
+def candidates_of(found: SubLayers, kind: str) -> tuple[Candidate, ...]:
+    """Candidates of a kind. Raises BadOption where there are none."""
+    if kind == BLOCK:
+        made = [Candidate(f"block {blocks[0].block}", blocks) for blocks in found.blocks() if blocks[0].kind != NEST]
+    else:
+        made = [Candidate(s.name, (s,)) for s in found.layers if s.kind != NEST and kind in (ANY, s.kind)]
+    if not made:
+        kinds = sorted({s.kind for s in found.layers})
+        nothing = "it has no residual sum of equal shapes with weights in a branch"
+        has = f"it has those of the kinds {', '.join(kinds)}" if kinds else nothing
+        raise BadOption(f"There are no layers of the kind {kind!r} to drop in this model: {has}.")
+    return tuple(made)
+
+
+def choose_layers(analysis: Analysis, depth: Depth, evidence: Evidence | None, *, seed: int = 0, stage: Stage = quiet) -> Dropped:
+    """Decides which layers go. Raises BadOption for what can't be had: too many layers, names that do not exist, methods without data."""
+    found = sub_layers(analysis.groups)
+    if not isinstance(depth.drop, int | float):
+        return _named(found, depth)
+    everything = candidates_of(found, BLOCK if depth.method in OF_BLOCKS else depth.kind)
+    candidates = everything[round(depth.spare * len(everything)) :]
+    search = Search(analysis, found, candidates, everything, depth.count(len(candidates)), depth, evidence.batches if evidence else (),
+                    evidence.labels if evidence else None, seed)  # fmt: skip
+    if not search.batches and depth.method not in WITHOUT_DATA:
+        raise BadOption(f"--layers {depth.method} looks at what the layers do to data: give some with --calibration, or take random.")
+    with stage("choosing layers"):
+        chosen, scores, edits = METHODS[depth.method](search)
+    layers = tuple(s for s in found.layers if any(s in c.layers for c in chosen))
+    return Dropped(layers, scores, (*edits, found.edit(layers)), depth)
+
+
+def _named(found: SubLayers, depth: Depth) -> Dropped:
+    patterns = list(depth.drop) if isinstance(depth.drop, Sequence) else []
+    for pattern in patterns:
+        if not any(matches([pattern], [s.name, s.branch]) for s in found.layers):
+            names = [s.name for s in found.layers]
+            raise BadOption(f"--drop-layers: there is no layer {pattern!r}{near(pattern, names)}; `spa inspect --layers` lists them.")
+    layers = tuple(s for s in found.layers if matches(patterns, [s.name, s.branch]))
+    return Dropped(layers, {}, (found.edit(layers),), depth)
+
+
+def without_layers(
+    analysis: Analysis, depth: Depth, evidence: Evidence | None, *, seed: int = 0, stage: Stage = quiet
+) -> tuple[Analysis, Evidence | None, Dropped]:
+    """The model without the layers that go, and the data as they are used on it."""
+    dropped = choose_layers(analysis, depth, evidence, seed=seed, stage=stage)
+    how = {k: v for k, v in analysis.settings.items() if k != "edits"}
+    small = analyze(analysis.given, **how, edits=(*analysis.edits, *dropped.edits), stage=stage)
+    return small, moved(evidence, small), dropped
+
+
+def moved(evidence: Evidence | None, analysis: Analysis) -> Evidence | None:
+    """Data as they are used on another model: what noise is run through is adapted to it anew."""
+    if evidence is None:
+        return None
+    model = analysis.normal.model
+    if evidence.noise and evidence.batches:
+        fed = [{k: v for k, v in b.items() if k != evidence.labels} for b in evidence.batches]
+        model = adapted(model, analysis.groups, fed)
+    return replace(evidence, model=model)
+
+
+# ---------------------------------------------------------------------- methods
+
+
+def js_divergence(one: Array, other: Array) -> float:
+    """Mean over rows of ½[KL(M‖P) + KL(M‖Q)], M = (P + Q) / 2, of logits (rows, classes) (FinerCut, arXiv 2405.18218, eq. 3 and code)."""
+    p, q = log_probabilities(one), log_probabilities(other)
+    middle = np.logaddexp(p, q) - np.log(2)
+    weight = np.exp(middle)
+    return float((weight * (middle - (p + q) / 2)).sum() / len(p))
+
+
+def squared_error(one: Array, other: Array) -> float:
+    """Squared distance over the squared norm of the first."""
+    return float(((one - other) ** 2).sum() / max(float((one**2).sum()), 1e-30))
+
+
+DISTANCES: Mapping[str, Callable[[Array, Array], float]] = {"js": js_divergence, "error": squared_error}
+
+
+def finercut(search: Search) -> tuple[list[Candidate], dict[str, float], tuple[Edit, ...]]:
+    """FinerCut (arXiv 2405.18218): greedily, the sub-layer goes without which the outputs are nearest to the dense network's.
+
+    l* = argmin_l D(f(x), f_{−(S ∪ l)}(x)), S ← S ∪ {l*}, with D the Jensen–Shannon divergence of the predicted distributions.
+    """
+    inputs = search.inputs()
+    units = _units(search.candidates)
+    distance = DISTANCES[search.depth.distance]
+    network = Gated(search.analysis.normal.model, search.analysis.groups.traced, units)
+    output = network.outputs[0]
+    dense = [class_rows(network.run(b)[output].astype(np.float32)) for b in inputs]
+
+    def cost(closed: Sequence[str]) -> float:
+        found = [distance(d, class_rows(network.run(b, closed)[output].astype(np.float32))) for d, b in zip(dense, inputs, strict=True)]
+        return float(np.average(found, weights=[len(d) for d in dense]))
+
+    return _greedy(search, cost)
+
+
+def two_ssp(search: Search) -> tuple[list[Candidate], dict[str, float], tuple[Edit, ...]]:
+    """Second stage of 2SSP (arXiv 2501.17771): greedily, the layer goes without which the loss on the data is least; needs labels."""
+    if search.labels is None:
+        raise BadOption("--layers 2ssp goes by the loss: name the entry of the data that holds labels with --labels, or take finercut.")
+    batch = METRICS["perplexity"].batch
+    assert batch is not None
+    network = Gated(search.analysis.normal.model, search.analysis.groups.traced, _units(search.candidates))
+    output = network.outputs[0]
+    loss = batch
+
+    def cost(closed: Sequence[str]) -> float:
+        parts = []
+        for feeds, full in zip(search.inputs(), search.batches, strict=True):
+            found = network.run(feeds, closed)[output].astype(np.float64)
+            parts.append(loss(found, found, full[str(search.labels)]))
+        return float(sum(p for p, _ in parts) / sum(n for _, n in parts))
+
+    return _greedy(search, cost)
+
+
+def _units(candidates: Sequence[Candidate]) -> list[Unit]:
+    return [Unit(s.branch, s.branch) for c in candidates for s in c.layers]
+
+
+def _greedy(
+    search: Search, cost: Callable[[Sequence[str]], float]
+) -> tuple[list[Candidate], dict[str, float], tuple[Edit, ...]]:
+    """Drops the candidate of the least cost, again and again; a score is the cost of dropping a candidate after those before it."""
+    chosen: list[Candidate] = []
+    rest = list(search.candidates)
+    scores: dict[str, float] = {}
+    for _ in range(search.count):
+        closed = [s.branch for c in chosen for s in c.layers]
+        scores.update({c.name: cost([*closed, *(s.branch for s in c.layers)]) for c in rest})
+        best = min(rest, key=lambda c: scores[c.name])
+        chosen.append(best)
+        rest.remove(best)
+    return chosen, scores, ()
+
+
+def cosines(one: Array, other: Array) -> Array:
+    """Cosine of the angle between rows, 0 where one is zero."""
+    norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+    return np.asarray((one * other).sum(axis=1) / np.maximum(norms, 1e-30))
+
+
+def cosine_importance(search: Search) -> dict[str, float]:
+    """1 − mean over positions of cos(x, x + F(x)), of each candidate, in one pass over the data."""
+    values = [v for c in search.candidates for v in (c.before, c.after)]
+    network = Observer(search.analysis.normal.model, values)
+    sums = np.zeros(len(search.candidates))
+    counts = np.zeros(len(search.candidates))
+    for feeds in search.inputs():
+        found = network.run(feeds)
+        for i, candidate in enumerate(search.candidates):
+            x, y = (search.rows(found, v) for v in (candidate.before, candidate.after))
+            sums[i] += float(cosines(x, y).sum())
+            counts[i] += len(x)
+    return {c.name: float(1 - sums[i] / max(counts[i], 1)) for i, c in enumerate(search.candidates)}
+
+
+def llm_drop(search: Search) -> tuple[list[Candidate], dict[str, float], tuple[Edit, ...]]:
+    """LLM-Drop (arXiv 2406.15786): S = 1 − mean cos(x, x + F(x)); the sub-layers of least S go at once, of all kinds ranked together."""
+    return _least(search, cosine_importance(search))
+
+
+def shortgpt(search: Search) -> tuple[list[Candidate], dict[str, float], tuple[Edit, ...]]:
+    """ShortGPT (arXiv 2403.03853): block influence BI = 1 − mean cos(X_i, X_{i+1}); the blocks of least BI go at once."""
+    return _least(search, cosine_importance(search))
+
+
+def random_layers(search: Search) -> tuple[list[Candidate], dict[str, float], tuple[Edit, ...]]:
+    """A score drawn for each candidate: what any method has to beat."""
+    drawn = np.random.default_rng(search.seed).random(len(search.candidates))
+    return _least(search, {c.name: float(s) for c, s in zip(search.candidates, drawn, strict=True)})
+
+
+def _least(search: Search, scores: dict[str, float]) -> tuple[list[Candidate], dict[str, float], tuple[Edit, ...]]:
+    return sorted(search.candidates, key=lambda c: scores[c.name])[: search.count], scores, ()
+
+
+def replace_me(search: Search) -> tuple[list[Candidate], dict[str, float], tuple[Edit, ...]]:
+    """ReplaceMe: see `spa.replace_me`."""
+    from spa.replace_me import replaced  # it is told what it works on by this module
+
+    return replaced(search)
+
+
+METHODS: Mapping[str, Method] = {
+    "finercut": finercut, "llm-drop": llm_drop, "shortgpt": shortgpt, "replaceme": replace_me, "2ssp": two_ssp, "random": random_layers,
+}  # fmt: skip
+OF_BLOCKS = frozenset({"shortgpt", "replaceme"})  # these drop whole blocks, whatever the kind
+WITHOUT_DATA = frozenset({"random"})
