@@ -13,6 +13,7 @@ from spa.check import Check, compare
 from spa.choose import Options, choose
 from spa.count import Counts, count
 from spa.criteria import criterion
+from spa.depth import Depth
 from spa.errors import BadFile, BadModel, BadOption, BadPlan, CheckFailed, NothingToPrune, SpaError, UnsupportedModel
 from spa.finetune import finetune
 from spa.frameworks.torch_module import apply_to_torch
@@ -48,6 +49,7 @@ __all__ = [
     "Check",
     "CheckFailed",
     "Counts",
+    "Depth",
     "Group",
     "Groups",
     "Model",

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
 from onnx import ModelProto
 
 from spa.edits import Edit, edited, read_edits
-from spa.evidence import Evidence, gather
+from spa.evidence import Evidence, adapted, gather
 from spa.groups import Groups, find_groups
 from spa.normalize import Normal, normalize
 from spa.plan import Plan, check_belongs
@@ -101,6 +101,17 @@ def evidence_for(analysis: Analysis, calibration: Any, *, seed: int = 0, stage: 
         return calibration
     with stage("reading calibration data"):
         return gather(analysis.normal.model, analysis.groups, calibration, seed=seed)
+
+
+def moved(evidence: Any, analysis: Analysis) -> Any:
+    """Data as they are used on another model: what noise is run through is adapted to it anew. What is no `Evidence` stays."""
+    if not isinstance(evidence, Evidence):
+        return evidence
+    model = analysis.normal.model
+    if evidence.noise and evidence.batches:
+        fed = [{k: v for k, v in b.items() if k != evidence.labels} for b in evidence.batches]
+        model = adapted(model, analysis.groups, fed)
+    return replace(evidence, model=model)
 
 
 def analyzed_for(

@@ -15,13 +15,14 @@ from onnx import ModelProto
 
 from spa import check as checking
 from spa import criteria
-from spa.analysis import Analysis, Source, analyze, analyzed_for, evidence_for, opened
+from spa.analysis import Analysis, Source, analyze, analyzed_for, evidence_for, moved, opened
 from spa.budget import Budget, with_data
 from spa.check import Check
 from spa.choose import Options, choose, find_space
 from spa.companions import Companions, Remap, Written, rewritten
 from spa.count import Counts, count
 from spa.cutting import cut
+from spa.depth import Depth, without_layers
 from spa.edits import Edit
 from spa.engines import find as find_engine
 from spa.errors import BadOption, CheckFailed, NothingToPrune
@@ -32,7 +33,7 @@ from spa.groups import Groups
 from spa.plan import Plan, load_plan, make_plan, mask_of
 from spa.planner import Planner
 from spa.protect import parsed
-from spa.prove import check_shapes, failure, prove, runnable
+from spa.prove import both, check_shapes, failure, prove, prove_edits, runnable
 from spa.refine import refined
 from spa.repair import Repaired, RepairOptions
 from spa.score import Known, score
@@ -213,6 +214,13 @@ def plan(
     return make_plan(analysis.given, groups, gone, copies=analysis.normal.copies, options=chosen, trace=analysis.settings, notes=notes)
 
 
+def layers_alone(analysis: Analysis, seed: int) -> Plan:
+    """A plan that does the edits and removes no channels."""
+    nothing = np.zeros(analysis.groups.total, bool)
+    return make_plan(analysis.given, analysis.groups, nothing, copies=analysis.normal.copies, options={"seed": seed},
+                     trace=analysis.settings, notes={})  # fmt: skip
+
+
 def budget_of(target: str | Sequence[str] | Budget) -> Budget:
     """A budget, whatever form it was given in."""
     return target if isinstance(target, Budget) else Budget((target,) if isinstance(target, str) else tuple(target))
@@ -267,7 +275,12 @@ def apply(
     groups = analysis.groups
     proof = None
     if check:
-        proof = prove(analysis.normal.model, groups, gone, small, feeds=feeds, seed=seed, tolerance=tolerance, stage=stage)
+        given = feeds
+        if analysis.edits and feeds is None:  # the model as given may have inputs that the edited one lacks
+            given = runnable(analysis.dense.normal.model, analysis.dense.groups.traced, seed=seed)
+        proof = prove(analysis.normal.model, groups, gone, small, feeds=given, seed=seed, tolerance=tolerance, stage=stage)
+        if analysis.edits and given is not None:
+            proof = both(proof, prove_edits(analysis.given, analysis.edits, analysis.edited, given, tolerance=tolerance, stage=stage))
         if not proof.passed:
             raise CheckFailed(failure(proof))
     else:
@@ -306,11 +319,13 @@ def prune(
     target: str | Sequence[str] | Budget = (),
     steps: int = 1,
     edits: Sequence[Edit | Mapping[str, Any]] = (),
+    drop_layers: Depth | None = None,
     stage: Stage = quiet,
 ) -> Result:
     """Plans and applies; see `plan` and `apply` for the options. steps: of the way there, channels scored anew after each.
 
-    edits: changes of the graph that come first, see `spa.edits`.
+    edits: changes of the graph that come first, see `spa.edits`. drop_layers: layers that go before channels, see `spa.depth`; alone if
+    there is neither a ratio nor a target.
 
     >>> result = spa.prune("model.onnx", target="macs=0.5")
     >>> result.save("small.onnx", plan="small.plan.json")
@@ -324,16 +339,26 @@ def prune(
         "damping": repair.damping if isinstance(repair, RepairOptions) else DAMPING,
     }  # fmt: skip
     return carried_out(analysis, wishes, ratio=ratio, budget=replace(budget_of(target), repair=repair), evidence=evidence, steps=steps,
-                       check=check, seed=seed, feeds=feeds, tolerance=tolerance, stage=stage)  # fmt: skip
+                       check=check, seed=seed, feeds=feeds, tolerance=tolerance, depth=drop_layers, stage=stage)  # fmt: skip
 
 
 def carried_out(
     analysis: Analysis, wishes: Mapping[str, Any], *, ratio: float | None, budget: Budget, evidence: Evidence | None, steps: int = 1,
-    check: bool = True, seed: int = 0, feeds: Feeds | None = None, tolerance: float = checking.TOLERANCE, stage: Stage = quiet,
+    check: bool = True, seed: int = 0, feeds: Feeds | None = None, tolerance: float = checking.TOLERANCE,
+    depth: Depth | None = None, stage: Stage = quiet,
 ) -> Result:  # fmt: skip
-    """Plans and applies on what was read already. wishes: options of `plan` that stay the same in all steps."""
+    """Plans and applies on what was read already. wishes: options of `plan` that stay the same in all steps. depth: layers go first."""
     if steps < 1:
         raise BadOption(f"--steps is {steps}, but must be 1 or more.")
+    if depth is not None:
+        small, data, dropped = without_layers(analysis, depth, evidence, seed=seed, stage=stage)
+        how: dict[str, Any] = {"check": check, "seed": seed, "feeds": feeds, "tolerance": tolerance, "stage": stage}
+        if ratio is None and not budget.asks:
+            result = apply(small, layers_alone(small, seed), **how)
+        else:
+            budget = replace(budget, evaluate=moved(budget.evaluate, small))
+            result = carried_out(small, wishes, ratio=ratio, budget=budget, evidence=data, steps=steps, **how)
+        return replace(result, plan=replace(result.plan, options={**result.plan.options, "depth": dropped.record}))
     budget, evidence = with_data(analysis, budget, evidence, seed=seed, stage=stage)
 
     def decide(current: Analysis, data: Evidence | None, limits: Budget, share: float | None, own: Mapping[str, float]) -> Plan:

@@ -9,17 +9,17 @@ Data that a method looks at are the calibration data; labels only where it says 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from spa.analysis import Analysis, analyze
+from spa.analysis import Analysis, analyze, moved
 from spa.choose import matches
 from spa.edits import Edit
 from spa.errors import BadOption
-from spa.evidence import Evidence, adapted
+from spa.evidence import Evidence
 from spa.explain import near
 from spa.feeds import Feeds
 from spa.gates import Gated, Observer, Unit, channel_axis, rows
@@ -177,39 +177,36 @@ def without_layers(
 ) -> tuple[Analysis, Evidence | None, Dropped]:
     """The model without the layers that go, and the data as they are used on it."""
     dropped = choose_layers(analysis, depth, evidence, seed=seed, stage=stage)
-    how = {k: v for k, v in analysis.settings.items() if k != "edits"}
-    small = analyze(analysis.given, **how, edits=(*analysis.edits, *dropped.edits), stage=stage)
+    small = analyze(analysis.given, **{**analysis.settings, "edits": (*analysis.edits, *dropped.edits)}, stage=stage)
     return small, moved(evidence, small), dropped
-
-
-def moved(evidence: Evidence | None, analysis: Analysis) -> Evidence | None:
-    """Data as they are used on another model: what noise is run through is adapted to it anew."""
-    if evidence is None:
-        return None
-    model = analysis.normal.model
-    if evidence.noise and evidence.batches:
-        fed = [{k: v for k, v in b.items() if k != evidence.labels} for b in evidence.batches]
-        model = adapted(model, analysis.groups, fed)
-    return replace(evidence, model=model)
 
 
 # ---------------------------------------------------------------------- methods
 
 
-def js_divergence(one: Array, other: Array) -> float:
-    """Mean over rows of ½[KL(M‖P) + KL(M‖Q)], M = (P + Q) / 2, of logits (rows, classes) (FinerCut, arXiv 2405.18218, eq. 3 and code)."""
-    p, q = log_probabilities(one), log_probabilities(other)
-    middle = np.logaddexp(p, q) - np.log(2)
-    weight = np.exp(middle)
-    return float((weight * (middle - (p + q) / 2)).sum() / len(p))
+def js_divergence(dense: Array) -> Callable[[Array], float]:
+    """Of logits (rows, classes) from the dense ones: mean over rows of ½[KL(M‖P) + KL(M‖Q)], M = (P + Q) / 2.
+
+    FinerCut (arXiv 2405.18218), as its code has it; log P and P are kept, and Q costs one exponential.
+    """
+    log_p = log_probabilities(dense)
+    p = np.exp(log_p)
+
+    def distance(found: Array) -> float:
+        log_q = log_probabilities(found)
+        middle = (p + np.exp(log_q)) / 2
+        terms = middle * (np.log(np.maximum(middle, 1e-30)) - (log_p + log_q) / 2)
+        return float(terms.sum(dtype=np.float64) / len(p))
+
+    return distance
 
 
-def squared_error(one: Array, other: Array) -> float:
-    """Squared distance over the squared norm of the first."""
-    return float(((one - other) ** 2).sum() / max(float((one**2).sum()), 1e-30))
+def squared_error(dense: Array) -> Callable[[Array], float]:
+    """Squared distance from the dense outputs over their squared norm."""
+    return lambda found: float(((found - dense) ** 2).sum() / max(float((dense**2).sum()), 1e-30))
 
 
-DISTANCES: Mapping[str, Callable[[Array, Array], float]] = {"js": js_divergence, "error": squared_error}
+DISTANCES: Mapping[str, Callable[[Array], Callable[[Array], float]]] = {"js": js_divergence, "error": squared_error}
 
 
 def finercut(search: Search) -> tuple[list[Candidate], dict[str, float], tuple[Edit, ...]]:
@@ -223,10 +220,12 @@ def finercut(search: Search) -> tuple[list[Candidate], dict[str, float], tuple[E
     network = Gated(search.analysis.normal.model, search.analysis.groups.traced, units)
     output = network.outputs[0]
     dense = [class_rows(network.run(b)[output].astype(np.float32)) for b in inputs]
+    weights = [len(d) for d in dense]
+    measures = [distance(d) for d in dense]
 
     def cost(closed: Sequence[str]) -> float:
-        found = [distance(d, class_rows(network.run(b, closed)[output].astype(np.float32))) for d, b in zip(dense, inputs, strict=True)]
-        return float(np.average(found, weights=[len(d) for d in dense]))
+        found = [m(class_rows(network.run(b, closed)[output].astype(np.float32))) for m, b in zip(measures, inputs, strict=True)]
+        return float(np.average(found, weights=weights))
 
     return _greedy(search, cost)
 

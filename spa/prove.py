@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 
 from spa import check as checking
 from spa.check import Check
+from spa.edits import Edit, edited
 from spa.errors import CheckFailed, UnsupportedModel
 from spa.feeds import Feeds, draw, shapes_to_try
 from spa.groups import Groups, Kept
 from spa.masking import masked
 from spa.pieces import in_pieces, is_large
+from spa.rewrite import copy_graph
 from spa.shapes import infer
 from spa.stages import Stage, quiet
 from spa.store import Model, with_graph
@@ -112,6 +114,31 @@ def _run_in_pieces(model: Model, groups: Groups, feeds: Feeds) -> dict[str, NDAr
     for made in in_pieces(model, groups.traced.facts.types, [feeds], outputs):
         found |= made[0]
     return found
+
+
+def prove_edits(
+    given: Model, edits: Sequence[Edit], small: Model, feeds: Feeds, *, tolerance: float = checking.TOLERANCE, stage: Stage = quiet
+) -> Check:
+    """Compares a model after its edits with the model as given, edited the other way (zeros where branches go), in float32.
+
+    feeds: for the model as given. Outputs that the edits take away are not compared.
+    """
+    with stage("proving the edits"):
+        other = edited(given, edits, otherwise=True).model
+        there = {t.name for t in small.graph.outputs}
+        graph = copy_graph(other.graph)
+        graph.outputs[:] = [t for t in graph.outputs if t.name in there]
+        wide_other, wide_given = widen(with_graph(other, graph), feeds)
+        return checking.compare(wide_other, widen(small, {})[0], wide_given, tolerance=tolerance)
+
+
+def both(one: Check, other: Check) -> Check:
+    """Two checks as one: of each output, the larger difference."""
+    worst = {d.output: d for d in one.differences}
+    for d in other.differences:
+        if d.output not in worst or not d.relative <= worst[d.output].relative:
+            worst[d.output] = d
+    return Check(tuple(worst.values()), one.tolerance)
 
 
 def _must_load(small: Model, original: Model) -> None:

@@ -106,7 +106,7 @@ class _Finder:
         self.inner = {name for n in traced.nodes for name in outer_values(n.node)}
         self.ends = {t.name for t in traced.graph.outputs}
         self.stored = _from_constants(traced)
-        self.states = tuple((s.input, s.output) for s in getattr(traced, "states", ()))
+        self.states = tuple((s.input, s.output) for s in traced.states)
         self.batch = free_batch(traced)
 
     def run(self) -> SubLayers:

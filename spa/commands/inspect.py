@@ -17,11 +17,14 @@ from spa.commands.app import app
 from spa.commands.common import analysis_of
 from spa.commands.terminal import Terminal
 from spa.count import count
+from spa.depth_report import layer_data
+from spa.depth_report import layers as layers_table
 from spa.errors import BadOption
 from spa.explain import dependency_graph, dot_text, explain, frozen_causes, near, path, printable_graph, sites_of
 from spa.files import replace_all
 from spa.groups import Group, Groups
 from spa.state_report import states, states_data
+from spa.sublayers import sub_layers
 
 
 @app.command()
@@ -34,6 +37,7 @@ def inspect(
     protect_outputs: given.Protect = True,
     no_stat: given.NoStat = False,
     keep_state: given.KeepState = False,
+    layers: Annotated[bool, typer.Option("--layers", help="List the layers that --drop-layers can drop.")] = False,
     graphml: Annotated[Path | None, typer.Option("--graphml", metavar="FILE", help="Write the dependency graph as GraphML.")] = None,
     dot: Annotated[Path | None, typer.Option("--dot", metavar="FILE", help="Write the dependency graph as DOT, for Graphviz.")] = None,
     as_json: given.Json = False,
@@ -47,7 +51,10 @@ def inspect(
     analysis = analysis_of(term, model, inputs, protect_outputs, not no_stat, keep_state)
     groups = analysis.groups
     _export(groups, graphml, dot)
-    if explain_:
+    if layers:
+        found = sub_layers(groups).layers
+        term.show({"layers": [layer_data(s) for s in found]}, layers_table(found))
+    elif explain_:
         _explain(term, groups, explain_)
     elif group is not None:
         chosen = _named(groups, group)

@@ -107,3 +107,9 @@ VocabMap = Annotated[str, typer.Option(
     "--vocab-map", metavar="PLACE", help="file: the pruned model takes new ids; graph: it takes old ones.")]
 VocabInput = Annotated[list[str] | None, typer.Option(
     "--vocab-input", metavar="NAME", help="Input that holds ids; by default the one with the longest table.", show_default=False)]
+DropLayers = Annotated[str | None, typer.Option(
+    "--drop-layers", metavar="N|SHARE|NAMES", help="Layers that go first: how many, a share (0.2), or names with commas.",
+    show_default=False)]
+LayerKind = Annotated[str, typer.Option("--layer-kind", metavar="KIND", help="Which layers: any, attention, mlp, branch or block.")]
+LayerMethod = Annotated[str, typer.Option(
+    "--layers", metavar="METHOD", help="How layers are chosen: finercut, llm-drop, shortgpt, replaceme, 2ssp, random.")]

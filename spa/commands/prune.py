@@ -24,6 +24,7 @@ from spa.commands.common import analysis_of, evidence_of, opened_model
 from spa.commands.terminal import Terminal
 from spa.companions import Written, find_companions
 from spa.count import count
+from spa.depth_report import dropped as dropped_layers
 from spa.engines import find as find_engine
 from spa.errors import BadOption
 from spa.explain import Cause, frozen_causes
@@ -127,7 +128,9 @@ def prune(
     target: given.Target = None, allocation: given.Allocation = "auto", max_drop: given.MaxDrop = None, metric: given.Metric = None,
     evaluate: given.Evaluate = None, output_name: given.OutputName = None, provider: given.Provider = "cpu",
     time_limit: given.TimeLimit = TIME_LIMIT, steps: given.Steps = 1, vocab: given.Vocab = None, vocab_side: given.VocabSide = "both",
-    vocab_map: given.VocabMap = "file", vocab_input: given.VocabInput = None, as_json: given.Json = False, verbose: given.Verbose = False,
+    vocab_map: given.VocabMap = "file", vocab_input: given.VocabInput = None,
+    drop_layers: given.DropLayers = None, layer_kind: given.LayerKind = "any", layers: given.LayerMethod = "finercut",
+    as_json: given.Json = False, verbose: given.Verbose = False,
 ) -> int:
     """Plan, remove, repair, prove, time, and write the pruned model and its plan."""
     term = Terminal(as_json, verbose)
@@ -140,10 +143,15 @@ def prune(
     wishes = _wishes(ratio, scope, criterion, multiple_of, keep_at_least, include, exclude, units, protect, ratios, normalize, aggregate,
                      swaps, loss, damping)
     budget = _budget(ratio, scope, target, allocation, max_drop, metric, output_name, provider, threads, time_limit, mending)
+    depth = reading.depth(drop_layers, layer_kind, layers)
+    if depth is not None and (ratio is None and not budget.asks) and mending.method != "none" and repair is not None:
+        raise BadOption("--repair fits layers that lost channels: ask for some with --ratio or --target, beside --drop-layers.")
     if repaired_out is not None and steps > 1:
         raise BadOption("--repaired-out goes with one step: after more there is no model of the first one's shape that was repaired alone.")
     wish = vocabulary.wish_of(vocab, vocab_side, vocab_map, vocab_input, tokenizer, model)
     vocabulary.check(wish, budget, steps)
+    if wish is not None and depth is not None:
+        raise BadOption("--vocab and --drop-layers go one after the other: drop layers first, then prune the result's vocabulary.")
     written |= vocabulary.targets(wish, output, model)
     opened = opened_model(term, model, written)
     fed = reading.read_feeds(feeds, opened)
@@ -155,7 +163,7 @@ def prune(
     budget = _judged_on(term, analysis, budget, evaluate, preprocess, tokenizer, samples, batch, length, labels, seed)
     how: dict[str, Any] = {"ratio": ratio, "check": not no_check, "seed": seed, "feeds": fed, "tolerance": tolerance, "stage": term.stage}
     if wish is None:
-        result = api.carried_out(analysis, wishes, budget=budget, evidence=evidence, steps=steps, **how)
+        result = api.carried_out(analysis, wishes, budget=budget, evidence=evidence, steps=steps, depth=depth, **how)
     else:
         result = carried_out(analysis, wish, evidence, wishes, repair=mending, **how)
     written_beside = vocabulary.companions(result, found, model, output)
@@ -261,10 +269,15 @@ def _notes(decided: spa.Plan) -> list[Any]:
     return [report.notes(decided.notes)] if decided.notes else []
 
 
+def _dropped(result: api.Result) -> list[Any]:
+    found = [dropped_layers(result.plan.options["depth"])] if "depth" in result.plan.options else []
+    return found + [Text(f"{sentence}\n", style="yellow") for sentence in result.analysis.left_out]
+
+
 def _tables(result: api.Result, sizes: tuple[int, int], timing: Race | None) -> list[Any]:
     groups = result.analysis.groups
     return [
-        report.comparison(result.before, result.after, sizes=sizes, race=timing), *_met(result.plan),
+        report.comparison(result.before, result.after, sizes=sizes, race=timing), *_met(result.plan), *_dropped(result),
         report.pruned(result.plan, groups.by_name), *states(states_data(groups, result.gone)),
         report.frozen(frozen_causes(groups), result.before), *_notes(result.plan), *_repair(result), report.proof(result.check),
     ]
@@ -278,7 +291,7 @@ def _outcome(decided: spa.Plan, before: spa.Counts, after: spa.Counts, causes: S
     pruned = [{"name": n, "from": e["size"], "to": len(e["kept"])} for n, e in decided.groups.items()]
     return {"before": report.counts_data(before), "after": report.counts_data(after), "groups": pruned,
             "frozen": [report.cause_data(c) for c in causes], "notes": dict(decided.notes),
-            "budget": decided.options.get("budget")}
+            "budget": decided.options.get("budget"), "depth": decided.options.get("depth")}
 
 
 def _result(result: api.Result, sizes: tuple[int, int], timing: Race | None) -> dict[str, Any]:

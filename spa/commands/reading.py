@@ -13,6 +13,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from onnx import helper
 
+from spa.depth import Depth
 from spa.errors import BadFile, BadOption
 from spa.feeds import Feeds
 from spa.files import check_target
@@ -49,6 +50,18 @@ def repair_options(
     if chosen.method not in ("none", "fold") and source is None:
         raise BadOption(f"--repair {chosen.method} fits layers to data: give some with --calibration (none draws noise).")
     return chosen
+
+
+def depth(drop: str | None, kind: str, method: str) -> Depth | None:
+    """Which layers go: a number, a share, or names with commas. Raises BadOption."""
+    if drop is None:
+        if (kind, method) != ("any", "finercut"):
+            raise BadOption("--layer-kind and --layers say how layers are chosen: say how many go with --drop-layers.")
+        return None
+    names = tuple(part.strip() for part in drop.split(",") if part.strip())
+    if not names:
+        raise BadOption("--drop-layers is empty: give a number, a share such as 0.2, or names.")
+    return Depth(float(drop) if re.fullmatch(r"-?\d*\.?\d+", drop.strip()) else names, method, kind)
 
 
 def units(text: str | None) -> tuple[str, ...]:

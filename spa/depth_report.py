@@ -1,0 +1,35 @@
+"""Layers as tables for people, and as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import RenderableType
+
+from spa.report import Name, count_of, table
+from spa.sublayers import SubLayer
+
+
+def dropped(record: Mapping[str, Any]) -> RenderableType:
+    """Layers that went, from a plan's record of depth."""
+    scores = record["scores"]
+    rows = []
+    for layer in record["dropped"]:
+        score = scores.get(layer["name"], scores.get(f"block {layer['block']}"))
+        rows.append((Name(layer["name"]), layer["kind"], str(layer["block"]), f"{layer['parameters']:,}", f"{layer['macs']:,}",
+                     "" if score is None else f"{score:.4g}"))  # fmt: skip
+    title = f"Dropped: {count_of(len(rows), 'layer')}" + (f" by {record['method']}" if scores else "")
+    return table(title, ("layer", "kind", ">block", ">params", ">MACs", ">score"), rows)
+
+
+def layers(found: Sequence[SubLayer]) -> RenderableType:
+    """Sub-layers of a model."""
+    rows = [(Name(s.name), s.kind, str(s.block), f"{s.parameters:,}", f"{s.macs:,}", ", ".join(s.inputs)) for s in found]
+    return table(f"Layers: {len(rows)}", ("layer", "kind", ">block", ">params", ">MACs", "states"), rows)
+
+
+def layer_data(layer: SubLayer) -> dict[str, Any]:
+    """A sub-layer as JSON."""
+    keys = ("name", "kind", "block", "trunk", "branch", "total", "parameters", "macs", "inputs", "outputs")
+    return {k: getattr(layer, k) for k in keys}
