@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,8 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx import helper
+
+from passes.weights import Weight
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,19 @@ class Compress:
     outputs: Mapping[int, Mapping[int, NDArray[np.int64]]]
 
 
-def insert_masks(graph: gs.Graph, masks: Mapping[str, list[Mask]], compress: Mapping[str, Compress], types: Mapping[str, int]) -> int:
+def insert_masks(
+    graph: gs.Graph,
+    masks: Mapping[str, list[Mask]],
+    compress: Mapping[str, Compress],
+    types: Mapping[str, int],
+    *,
+    stored: Collection[str] = (),
+) -> int:
     """Masks inputs and compresses nodes, which are named by their first output; `types` gives element types.
 
     before -> after: Conv(x, w) -> Conv(Where(keep, x, 0), w);
     ReduceMean(x) -> ReduceMean(Gather(x, kept)). `Where`, not a product: a masked position may hold NaN.
-    Returns the number of nodes that changed.
+    stored: nodes whose constants stay constants, masked and gathered beforehand. Returns the number of nodes that changed.
     """
     opset = next((d.version for d in graph.import_domains or () if d.domain in ("", "ai.onnx")), graph.opset)
     builder = _Builder(graph, types, int(opset))
@@ -45,17 +54,24 @@ def insert_masks(graph: gs.Graph, masks: Mapping[str, list[Mask]], compress: Map
         after: list[gs.Node] = []
         if name in masks or name in compress:
             changed += 1
+        fold = name in stored
         if name in compress:
             for index, axes in compress[name].inputs.items():
-                node.inputs[index] = builder.gather(nodes, node.inputs[index], axes)
+                held = node.inputs[index]
+                node.inputs[index] = builder.gathered(held, axes) if fold and _held(held) else builder.gather(nodes, held, axes)
         for mask in masks.get(name, ()):
-            node.inputs[mask.index] = builder.where(nodes, node.inputs[mask.index], mask.keep)
+            held = node.inputs[mask.index]
+            node.inputs[mask.index] = builder.zeroed(held, mask.keep) if fold and _held(held) else builder.where(nodes, held, mask.keep)
         if name in compress:
             for index, axes in compress[name].outputs.items():
                 after += builder.spread(node, index, axes)
         nodes += [node, *after]
     graph.nodes[:] = nodes
     return changed
+
+
+def _held(tensor: gs.Tensor) -> bool:
+    return isinstance(tensor, gs.Constant)
 
 
 class _Builder:
@@ -98,6 +114,21 @@ class _Builder:
             nodes.append(gs.Node("Gather", out.name, {"axis": axis}, [tensor, at], [out]))
             tensor = out
         return tensor
+
+    def zeroed(self, tensor: gs.Constant, keep: NDArray[np.bool_]) -> gs.Constant:
+        """A new constant with zeros outside `keep`."""
+        made = gs.Constant(self._name(tensor.name), np.where(keep, tensor.values, np.zeros((), tensor.values.dtype)))
+        self.types[made.name] = self.types.get(tensor.name, 0)
+        return made
+
+    def gathered(self, tensor: gs.Constant, axes: Mapping[int, NDArray[np.int64]]) -> gs.Constant:
+        """A new constant of the listed positions of each axis; one that is large is cut when it is read."""
+        values = tensor._values
+        for axis, index in axes.items():
+            values = values.take(index, axis) if isinstance(values, Weight) else np.take(tensor.values, index, axis)
+        made = gs.Constant(self._name(tensor.name), values)
+        self.types[made.name] = self.types.get(tensor.name, 0)
+        return made
 
     def spread(self, node: gs.Node, index: int, axes: Mapping[int, NDArray[np.int64]]) -> list[gs.Node]:
         """Puts the positions of an output back where they were; removed ones repeat another's value."""

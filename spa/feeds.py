@@ -88,14 +88,12 @@ def _limits(traced: Traced) -> Mapping[str, int]:
     readers = []
     for node in traced.nodes:
         signature = node.signature
-        holds = signature is not None and "holds positions" in signature.causes.values()
         for k, tensor in enumerate(node.node.inputs):
             if k == 0 and node.node.op in KEEPS_VALUES:  # ids through arithmetic could be anything: those inputs are ones
                 flow.add_edges_from((tensor.name, out.name) for out in node.node.outputs)
-            if holds and k == 1 and signature is not None and tensor.name:
-                axis = node.dims.get("row")
-                if axis is not None:
-                    readers.append((tensor.name, axis.length))
+            for dim, number in signature.picked.items() if signature is not None and tensor.name else ():
+                if number == k and dim in node.dims:
+                    readers.append((tensor.name, node.dims[dim].length))
     for name, length in readers:
         for source in ({name} | (nx.ancestors(flow, name) if name in flow else set())) & names:
             limits[source] = min(limits.get(source, length), length)

@@ -20,7 +20,7 @@ and at contractions with stored weights, a group that is none of these is
     output, position     an axis of a graph output; what no weight makes, and a contraction of data sums over
     other                anything else
 
-Operators that hold a whole attention say what their dims are in the table (`Signature.roles`).
+Operators that hold a whole attention or a mixture of experts say what their dims are in the table (`Signature.roles`).
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ KINDS = (
     "recurrent", "output", "position", "other",
 )  # fmt: skip
 
+SIDES = frozenset({"column", "output"})
+"""Roles of the dims of a product with a stored weight that is no linear map of the table (`Signature.linear`): it can't be repaired."""
+
 Found = Mapping[str, set[int]]  # role -> indices of groups
 
 
@@ -61,6 +64,9 @@ def _kind(seen: _Roles, index: int) -> str:
     for kind in ("head", "query", "qk", "vo", "head-width"):
         if has(f"is {kind}") or (made and has(kind)):
             return _of_attention(seen, index)
+    for kind in ("expert", "expert-neuron"):
+        if has(f"is {kind}"):
+            return kind
     rules = (
         ("recurrent", has("recurrent")),
         ("expert", has("part")),
@@ -180,6 +186,8 @@ class _Roles:
                 self._note("norm", self._dim(node, name))
         for name, role in signature.roles.items():
             self._note(f"is {role}", self._dim(node, name))
+            if role in SIDES:
+                self._note(role, self._dim(node, name))
         for i in signature.adds:
             others = [self._data(node, j) for j in signature.adds if j != i]
             mine = self._data(node, i)

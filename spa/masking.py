@@ -39,7 +39,8 @@ def masked(graph: gs.Graph, groups: Groups, gone: NDArray[np.bool_]) -> gs.Graph
         if narrowed is not None:
             compress[name] = narrowed
     copy = graph.copy()
-    insert_masks(copy, masks, compress, groups.traced.facts.types)
+    stored = {n.node.outputs[0].name for n in groups.traced.nodes if n.signature is not None and n.signature.masked is not None}
+    insert_masks(copy, masks, compress, groups.traced.facts.types, stored=stored)
     return copy
 
 
@@ -69,9 +70,10 @@ def _axis_keep(signature: Signature, term: Term, dims: dict[str, Keep | None], a
 def _masks(node: NodeTrace, dims: dict[str, Keep | None]) -> list[Mask]:
     assert node.signature is not None
     found = []
+    only = node.signature.masked
     for i, operand in enumerate(node.signature.inputs):
         for a, term in enumerate(operand or ()):
-            keep = _axis_keep(node.signature, term, dims, node.dims, SUM)
+            keep = _axis_keep(node.signature, term, dims, node.dims, SUM) if only is None or i in only else None
             if keep is not None and operand is not None:
                 shape = [1] * len(operand)
                 shape[a] = len(keep)

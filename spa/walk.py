@@ -14,7 +14,7 @@ from onnx import helper, numpy_helper, shape_inference
 from onnx.reference import ReferenceEvaluator
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
-from spa.signatures.arithmetic import NEVER_FOLDED, READS_SHAPE, REINTERPRETS, standard_form
+from spa.signatures.arithmetic import NEVER_FOLDED, READS_SHAPE, REINTERPRETS, standard_form, typed_by
 from spa.signatures.sizes import output_shape
 from spa.signatures.table import Refusal, read, rule_of
 from spa.view import Shape, constant_of, opset_of, type_of, view
@@ -150,7 +150,7 @@ class Walk:
             self._from_signature(node)
 
     def _like_first(self, node: gs.Node) -> int:
-        return next((self.types[t.name] for t in node.inputs if self.types.get(t.name)), 0)
+        return next((self.types[t.name] for t in node.inputs[typed_by(node.domain, node.op) :] if self.types.get(t.name)), 0)
 
     def _declared(self, tensor: gs.Variable) -> Shape | None:
         shape = tensor.shape

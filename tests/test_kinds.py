@@ -17,7 +17,7 @@ import spa
 from models import weightless
 from spa.cli import app
 from spa.errors import BadOption
-from spa.kinds import KINDS
+from spa.kinds import KINDS, SIDES
 
 ROOT = Path(__file__).parents[1]
 GRAPHS = ROOT / "models" / "zoo"
@@ -113,7 +113,7 @@ def test_roles_in_the_table_are_kinds() -> None:
     listed = re.findall(r"(?:roles=|ROLES = )\{([^}]*)\}", text)
     named = {role for mapping in listed for role in re.findall(r': "([^"]+)"', mapping)}
     assert named
-    assert named <= set(KINDS)
+    assert named <= {*KINDS, *SIDES}
 
 
 # ---------------------------------------------------------------------- options

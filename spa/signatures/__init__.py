@@ -1,6 +1,19 @@
 """The one table: what every operator does with the axes of its operands. See `spa.signatures.table`."""
 
-from spa.signatures import attention, contraction, elementwise, indexing, layout, normalization, opaque, reduction, rotary, sequence
+from spa.signatures import (
+    attention,
+    blocks,
+    contraction,
+    elementwise,
+    indexing,
+    layout,
+    moe,
+    normalization,
+    opaque,
+    reduction,
+    rotary,
+    sequence,
+)
 from spa.signatures.table import FIXED, MAP, STAT, SUM, Carry, Kind, Refusal, Signature, operators, rule_of, signature
 
 __all__ = [
@@ -13,9 +26,11 @@ __all__ = [
     "Refusal",
     "Signature",
     "attention",
+    "blocks",
     "contraction",
     "elementwise", "indexing",
     "layout",
+    "moe",
     "normalization",
     "opaque",
     "operators",

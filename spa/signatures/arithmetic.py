@@ -29,3 +29,11 @@ _STANDARD = {("com.microsoft", "FusedConv"): "Conv", ("com.microsoft", "FusedGem
 def standard_form(domain: str | None, op: str) -> str | None:
     """The standard operator whose shapes a fused operator has, None if it is none of those."""
     return _STANDARD.get((domain or "", op))
+
+
+_TYPED_BY = {("com.microsoft", "EmbedLayerNormalization"): 2, ("com.microsoft", "GatherBlockQuantized"): 2}
+
+
+def typed_by(domain: str | None, op: str) -> int:
+    """The input whose type the results of an operator without an ONNX schema have: the first, but for look-ups."""
+    return _TYPED_BY.get((domain or "", op), 0)

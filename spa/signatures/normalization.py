@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from spa.signatures.elementwise import spread
 from spa.signatures.table import (
+    FIXED,
     MAP,
     STAT,
     Carry,
@@ -103,6 +104,17 @@ def layer_normalization(node: NodeView) -> Signature | Refusal:
 def skip_layer_normalization(node: NodeView) -> Signature | Refusal:
     """LayerNormalization of a sum; the fourth output is the sum."""
     return _layer(node, 0, (1,), (2, 3, 4), (3,))
+
+
+@signature("EmbedLayerNormalization", domain="com.microsoft")
+def embed_layer_normalization(node: NodeView) -> Signature | Refusal:
+    """LayerNormalization of the sum of three embeddings (row, h); the third output is the sum. Positions count from 0 if none are given."""
+    rows = {"row": 0, "segment": 1} | ({"place": 8} if len(node.inputs) > 8 and node.present[8] else {})
+    return make(
+        node, "b s, b s, row h, place h, segment h, h, h, -, c s -> b s h, b, b s h", picked=rows, affine=(5, 6), h=STAT,
+        causes={**dict.fromkeys(("row", "place", "segment"), "is looked up by data"), **dict.fromkeys("bsc", "holds positions")},
+        kinds=dict.fromkeys(("row", "place", "segment", "b", "s", "c"), FIXED),
+    )
 
 
 signature("SimplifiedLayerNormalization", domain="com.microsoft")(layer_normalization)

@@ -83,11 +83,10 @@ CAUSES = {
     "its state is carried from step to step": "LinearAttention",
     "it is a loss": "SoftmaxCrossEntropyLoss NegativeLogLikelihoodLoss",
 }
-MICROSOFT = """MatMulNBits MatMulBnb4 MoE QMoE
-EmbedLayerNormalization QAttention QLinearAdd QLinearMul QLinearConv QLinearGlobalAveragePool
+MICROSOFT = """MatMulBnb4 QAttention QLinearAdd QLinearMul QLinearConv QLinearGlobalAveragePool
 QLinearSigmoid QLinearLeakyRelu QLinearConcat QLinearAveragePool QLinearSoftmax QGemm NhwcFusedConv
 DynamicQuantizeMatMul MatMulIntegerToFloat SkipGroupNorm GroupNorm NhwcConv NhwcMaxPool
-SparseAttention LinearAttention CausalConvWithState GatherBlockQuantized
+SparseAttention LinearAttention CausalConvWithState
 BifurcationDetector BeamSearch GreedySearch Sampling NGramRepeatBlock Irfft Rfft DynamicQuantizeLSTM
 QOrderedMatMul RelativePositionBias GatedRelativePositionBias""".split()
 LEARNED = """LinearClassifier LinearRegressor TreeEnsembleClassifier TreeEnsembleRegressor TreeEnsemble SVMClassifier

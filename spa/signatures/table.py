@@ -174,6 +174,7 @@ class Signature:
     picked: Mapping[str, int] = field(default_factory=dict)  # FIXED dims of which positions are picked -> the input that holds these
     roles: Mapping[str, str] = field(default_factory=dict)  # of dims in an operator that holds an attention, see `spa.kinds`
     demands: tuple[Demand, ...] = ()  # of the kernel, on the sizes of dims
+    masked: tuple[int, ...] | None = None  # inputs that are enough to mask; stored ones stay so: its kernel computes otherwise with others
 
     def __str__(self) -> str:
         def operand(axes: Operand) -> str:
@@ -301,6 +302,9 @@ def make(
     moments: tuple[int, int] | None = None,
     roles: Mapping[str, str] | None = None,
     demands: tuple[Demand, ...] = (),
+    picked: Mapping[str, int] | None = None,
+    affine: tuple[int, int | None] | None = None,
+    masked: tuple[int, ...] | None = None,
     **more: Kind,
 ) -> Signature | Refusal:
     """Signature of a node from its pattern.
@@ -345,7 +349,7 @@ def make(
     for i in range(1, len(blank) + 1):
         all_kinds[f"_{i}"] = FIXED
     return Signature(inputs, tuple(outputs), all_kinds, fixed, known, tuple(carries), macs=macs, linear=linear, moments=moments,
-                     roles=dict(roles or {}), demands=demands)
+                     roles=dict(roles or {}), demands=demands, picked=dict(picked or {}), affine=affine, masked=masked)
 
 
 def _rank(tokens: Iterable[str], stars: Mapping[str, int]) -> int | None:
