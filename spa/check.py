@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from spa.errors import CheckFailed, UnsupportedModel
+from spa.errors import CheckFailed, SpaError, UnsupportedModel
 from spa.feeds import Feeds
 from spa.share import own_threads
 from spa.state import feeds_for
@@ -77,6 +77,8 @@ def session(
             path = Path(folder) / "model.onnx"
             save(model, path, external=True)
             return ort.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+    except SpaError:  # no room for the files
+        raise
     except Exception as error:  # onnxruntime raises classes of its own for each status
         text = str(error).splitlines()[0]
         raise UnsupportedModel(f"ONNX Runtime does not load the model: {text}") from error

@@ -59,10 +59,18 @@ def write_files(writes: Sequence[tuple[Path, Pieces]], sources: Iterable[str] = 
             check_target(file, known)
         replace_all(writes)
     except FileNotFoundError as error:
+        target = _meant(error, writes) or target
         raise BadFile(f"{target}: there is no folder '{target.parent}'; create it first") from error
     except (OSError, ValueError) as error:
+        target = _meant(error, writes) or target
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise BadFile(f"{target}: it cannot be written ({reason}); choose another folder or make room") from error
+
+
+def _meant(error: Exception, writes: Sequence[tuple[Path, Pieces]]) -> Path | None:
+    """The file that an error names, if it is one of those to write."""
+    name = getattr(error, "filename", None)
+    return next((path for path, _ in writes if os.fspath(path) == name), None)
 
 
 def replace_all(writes: Sequence[tuple[Path, Pieces]]) -> None:
@@ -83,7 +91,11 @@ def replace_all(writes: Sequence[tuple[Path, Pieces]]) -> None:
         for path, pieces in writes:
             temporary = path.with_name(f".spa-{secrets.token_hex(8)}.tmp")
             waiting.append((temporary, path))
-            _write(temporary, pieces)
+            try:
+                _write(temporary, pieces)
+            except OSError as error:
+                error.filename = os.fspath(path)  # of several files, the one that is meant
+                raise
         for temporary, path in waiting:
             os.replace(temporary, path)
     except BaseException:

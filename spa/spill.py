@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from spa.errors import BadFile
+
 SMALL = 1 << 16  # bytes; smaller arrays are not worth a file
 
 
@@ -22,18 +24,23 @@ class Spill:
         self._count = 0
 
     def keep(self, array: NDArray[Any]) -> NDArray[Any]:
-        """The array, or a mapped copy of it in a file."""
+        """The array, or a mapped copy of it in a file. Raises BadFile where there is no room for that."""
         if not isinstance(array, np.ndarray):  # a sequence or a map: never large
             return array
         if array.nbytes < SMALL or self.used + array.nbytes <= self.limit or array.dtype == object:
             self.used += array.nbytes
             return array
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="spa-values-")
-        self._count += 1
-        path = Path(self._folder.name) / f"{self._count}.npy"
-        np.save(path, array)
-        mapped = np.asarray(np.load(path, mmap_mode="r"))
+        try:
+            if self._folder is None:
+                self._folder = tempfile.TemporaryDirectory(prefix="spa-values-")
+            self._count += 1
+            path = Path(self._folder.name) / f"{self._count}.npy"
+            np.save(path, array)
+            mapped = np.asarray(np.load(path, mmap_mode="r"))
+        except OSError as error:
+            where, reason = tempfile.gettempdir(), error.strerror or error
+            way_out = "make room there, name another folder in TMPDIR, or give more --memory"
+            raise BadFile(f"{where}: values that do not fit into memory can't be kept ({reason}): {way_out}.") from error
         self._files[id(mapped)] = path
         return mapped
 
