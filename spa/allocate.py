@@ -24,6 +24,7 @@ Array = NDArray[np.float64]
 Costs = Callable[[Array], Mapping[str, Array]]
 
 WAYS = ("auto", "uniform", "global", "sensitivity", "solver")
+ADAPTIVE = "adaptive"  # spends a drop of quality, not a cost: `spa.adaptive`
 ROUNDS = 24  # of the solver: each takes the costs as they are at the widths of the one before
 EXCHANGES, PAIRS = 64, 4000  # rounds of exchanging between two groups, and pairs that each looks at
 GIVEN = 0.02  # of the loss, which coming within 2 % of a limit may cost

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from spa.allocate import WAYS
+from spa.allocate import ADAPTIVE, WAYS
 from spa.analysis import Analysis, evidence_for
 from spa.errors import BadOption
 from spa.evidence import Evidence
@@ -27,8 +27,9 @@ class Budget:
     """What a pruned model may cost and lose.
 
     target: such as "macs=0.5", "params=2M", "size=8MB", "memory=64MB", "latency=20ms", "latency=0.6x"; several are all met.
-    allocation: how widths are found: auto, uniform, global, sensitivity or solver. max_drop: of the metric, in its own unit (points of
-    accuracy). metric: a name of `spa.metrics.METRICS` or module:function. evaluate: data to judge on, as calibration takes them; by default
+    allocation: how widths are found: auto, uniform, global, sensitivity or solver; adaptive spends max_drop. max_drop: of the metric, in
+    its own unit (points of accuracy). metric: a name of `spa.metrics.METRICS` or module:function. evaluate: data to judge on, as
+    calibration takes them; by default
     a quarter of the calibration data is held out. output: the name of the output that is looked at, by default the first. provider,
     threads: what latency means. time_limit: seconds for measuring losses. repair: what pruned models get before they are judged. held,
     probe: the data to judge on and to measure losses on as they were read, see `with_data`.
@@ -49,8 +50,10 @@ class Budget:
 
     def __post_init__(self) -> None:
         read_targets(self.target)
-        if self.allocation not in WAYS:
-            raise BadOption(f"--allocation is {self.allocation!r}; the choice is: {', '.join(WAYS)}.")
+        if self.allocation not in (*WAYS, ADAPTIVE):
+            raise BadOption(f"--allocation is {self.allocation!r}; the choice is: {', '.join((*WAYS, ADAPTIVE))}.")
+        if self.allocation == ADAPTIVE and (self.target or self.max_drop is None):
+            raise BadOption("--allocation adaptive spends what --max-drop allows, group by group: give --max-drop, and no --target.")
         if self.max_drop is not None and not 0 <= self.max_drop < np.inf:
             raise BadOption(f"--max-drop is {self.max_drop}, but must be 0 or more: 1.0 allows one point of accuracy.")
         if self.metric is not None:

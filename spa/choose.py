@@ -21,7 +21,7 @@ from spa.score import Scores
 from spa.signatures.table import dims_of
 from spa.trace import node_name
 
-SCOPES = ("local", "global", "isomorphic")
+SCOPES = ("local", "global", "isomorphic", "cost")
 NORMALIZATIONS: Mapping[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
     "none": lambda scores: scores,
     "sum": lambda scores: scores / (scores.sum() or 1.0),
@@ -83,7 +83,8 @@ def choose(groups: Groups, scores: Scores, options: Options, *, block: int = 16)
     """Removes the lowest scores. `block` is what `multiple_of="auto"` stands for on the provider.
 
     local: the same ratio in every group. global: one threshold on scores that were normalised in their group.
-    isomorphic: one threshold among groups of the same structure (Fang et al. 2024, arXiv 2407.04616).
+    isomorphic: one threshold among groups of the same structure (Fang et al. 2024, arXiv 2407.04616). cost: as global, but the ratio is of
+    the groups' parameters, not of their number of coordinates (FLAP, arXiv 2312.11983: a head weighs as much as hundreds of neurons).
     """
     space = find_space(groups, options, block=block)
     scores = replace(scores, held=space.held)
@@ -371,9 +372,20 @@ def _quota(groups: Groups, chosen: Sequence[Group], scores: Scores, wanted: Mapp
         every = np.sort(np.concatenate(parts))
         count = min(int(wanted[pool[0].index] * len(every) + 1e-6), int(np.isfinite(every).sum()))
         threshold = every[count - 1] if count else -np.inf
+        if options.scope == "cost":
+            threshold = _by_parameters(pool, parts, wanted[pool[0].index])
         for group, found in zip(pool, parts, strict=True):
             quota[group.index] = float(np.count_nonzero(found <= threshold))
     return quota
+
+
+def _by_parameters(pool: Sequence[Group], parts: Sequence[NDArray[np.float64]], share: float) -> float:
+    """The score up to which coordinates hold so much of the parameters of all, a coordinate counted as often as its group's has them."""
+    scores = np.concatenate(parts)
+    costs = np.concatenate([np.full(g.size, max(g.parameters, 1e-9)) for g in pool])
+    order = np.argsort(scores, kind="stable")
+    within = np.flatnonzero((np.cumsum(costs[order]) <= share * costs.sum() * (1 + 1e-9)) & np.isfinite(scores[order]))
+    return float(scores[order[within[-1]]]) if len(within) else -np.inf
 
 
 def structure(groups: Groups, group: Group) -> tuple[object, ...]:

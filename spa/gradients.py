@@ -6,6 +6,7 @@ With w a weight, L the loss, g = ∂L/∂w and H the Hessian, all of the mean lo
     fisher         w² E[g_n²]      LeCun et al. 1990 (OBD) with the empirical Fisher diagonal, g_n of single samples
     grasp          w (Hg)          Wang et al. 2020, arXiv 2002.07376, high = keep, outputs divided by 200 before the softmax
     crop           w (Hg)          Rachwan et al. 2022, arXiv 2206.10451, without a temperature
+    loraprune      w (g AᵀA)       Zhang et al. 2023, arXiv 2305.18403, at the start: B = 0, A (8, n) drawn from N(0, 1/8)
     synflow        |w| g           Tanaka et al. 2020, arXiv 2006.05467: weights |w|, inputs one, L = sum of the outputs
 
 Hg comes from a second backward pass, of z = Σ stopgrad(g) g.
@@ -14,6 +15,7 @@ Hg comes from a second backward pass, of z = Σ stopgrad(g) g.
 from __future__ import annotations
 
 import importlib
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -30,9 +32,10 @@ from spa.torch_ops import WAY_OUT, Tensor, torch
 Loss: TypeAlias = str | Callable[[Mapping[str, Tensor], Feeds], Tensor]
 Saliency: TypeAlias = dict[str, NDArray[np.float32]]
 
-METHODS = ("crop", "fisher", "grasp", "snip", "synflow", "taylor")
+METHODS = ("crop", "fisher", "grasp", "loraprune", "snip", "synflow", "taylor")
 LOSSES = ("auto", "cross-entropy", "entropy")
 TEMPERATURE = 200.0  # of GraSP's reference code
+RANK = 8  # of LoRAPrune's adapters
 LARGEST_WEIGHT = 1e4  # a tensor with a larger element, such as a mask of -1e9, is a setting to SynFlow
 
 
@@ -99,7 +102,7 @@ def weight_saliency(
     if method in ("grasp", "crop"):
         curved = (_times(_curved(network, goal, batch, gradient), size) for size, batch in zip(sizes, batches, strict=True))
         gradient = _mean(curved, sum(sizes))
-    return _alive(network, _result(network, gradient))
+    return _alive(network, _result(network, _through_adapters(gradient) if method == "loraprune" else gradient))
 
 
 def activation_saliency(
@@ -195,6 +198,20 @@ def _curved(network: TorchGraph, goal: _Goal, batch: Feeds, gradient: Mapping[st
     if not product.requires_grad:  # the loss is linear in all weights
         return {n: torch.zeros_like(t) for n, t in network.parameters.items()}
     return dict(zip(names, _differentiate(product, tensors, names), strict=True))
+
+
+def _through_adapters(gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What low-rank adapters see of gradients: ĝ = g_B A + B g_A − g_B g_A with W + BA, g_B = g Aᵀ, and B = 0, so that g_A = Bᵀ g = 0."""
+    found = {}
+    for name, g in gradient.items():
+        if g.dim() < 2:
+            found[name] = g
+            continue
+        flat = g.reshape(g.shape[0], -1)
+        drawn = np.random.default_rng(zlib.crc32(name.encode())).standard_normal((RANK, flat.shape[1])) / np.sqrt(RANK)
+        a = torch.as_tensor(drawn, dtype=g.dtype)
+        found[name] = (flat @ a.T @ a).reshape(g.shape)
+    return found
 
 
 def _squares(gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:

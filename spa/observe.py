@@ -153,24 +153,33 @@ def _weights(rows_: NDArray[Any]) -> NDArray[Any] | None:
 
 @dataclass
 class Vectors:
-    """Per position of an axis of a value: mean, mean square, mean magnitude and share of zeros of its elements."""
+    """Per position of an axis of a value: mean, mean square, mean magnitude and share of zeros of its elements; mean norm of its samples.
+
+    norm: the mean over samples of the Euclidean norm over all that a sample has at the position; `samples` counts them.
+    """
 
     count: float = 0.0
     mean: Array = field(default_factory=lambda: np.zeros(0))
     square: Array = field(default_factory=lambda: np.zeros(0))
     magnitude: Array = field(default_factory=lambda: np.zeros(0))
     zeros: Array = field(default_factory=lambda: np.zeros(0))
+    norm: Array = field(default_factory=lambda: np.zeros(0))
+    samples: float = 0.0
 
-    def add(self, data: NDArray[Any], axis: int) -> None:
-        """Takes in a batch."""
+    def add(self, data: NDArray[Any], axis: int, samples: int = 1) -> None:
+        """Takes in a batch of so many samples, the outer factor of axis 0; one where they do not divide it, or are what is asked about."""
         cube = data.reshape(math.prod(data.shape[:axis]), data.shape[axis], -1)
         if not self.count:
-            self.mean, self.square, self.magnitude, self.zeros = (np.zeros(cube.shape[1]) for _ in range(4))
+            self.mean, self.square, self.magnitude, self.zeros, self.norm = (np.zeros(cube.shape[1]) for _ in range(5))
+        parts = samples if axis and samples and data.shape[0] % samples == 0 else 1
+        squares = np.einsum("naib,naib->ni", *(cube.reshape(parts, -1, *cube.shape[1:]),) * 2, dtype=np.float64)
+        self.samples += parts
+        self.norm += (np.sqrt(squares).mean(axis=0) - self.norm) * (parts / self.samples)
         old, new = self.count, float(cube.shape[0] * cube.shape[2])
         self.count += new
         for total, found in (
             (self.mean, cube.mean(axis=(0, 2), dtype=np.float64)),
-            (self.square, np.einsum("aib,aib->i", cube, cube, dtype=np.float64) / max(new, 1)),
+            (self.square, squares.sum(axis=0) / max(new, 1)),
             (self.magnitude, np.abs(cube).mean(axis=(0, 2), dtype=np.float64)),
             (self.zeros, 1 - np.count_nonzero(cube > 0, axis=(0, 2)) / max(new, 1)),
         ):

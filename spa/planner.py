@@ -1,7 +1,7 @@
 """From a budget to a removal: the problem is put together from groups, scores and costs, decided by `spa.allocate`, and judged.
 
 * target: limits of costs, which allocation meets on the safe side.
-* max_drop: a limit of what may be lost by a metric; the largest removal within it is searched by bisection.
+* max_drop: a limit of what may be lost by a metric; the largest removal within it is searched by bisection, or group by group.
 * both: the target must be met within the drop, or it is refused with what is possible.
 """
 
@@ -14,7 +14,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from spa.allocate import Allocation, Costs
+from spa.adaptive import adaptive
+from spa.allocate import ADAPTIVE, Allocation, Costs
 from spa.analysis import Analysis
 from spa.budget import Budget, judge_of
 from spa.choose import Space, lowest
@@ -101,7 +102,7 @@ class Planner:
             raise BadOption(f"--target {' '.join(self.budget.target)} loses {self._lost(self._quality(found))}, more than --max-drop "
                             f"{self.budget.max_drop:g}; within it, macs={best.costs['macs'] / best.dense['macs']:.3g} was found, "
                             f"which loses {self._lost(value)}. Give one of the two limits up.")  # fmt: skip
-        return self._decision(*self._within_drop(0.0))
+        return self._decision(*(self._adaptively() if self.budget.allocation == ADAPTIVE else self._within_drop(0.0)))
 
     # ------------------------------------------------------------------ allocation
 
@@ -331,6 +332,34 @@ class Planner:
             raise BadOption(f"--max-drop {limit:g} by {self.judge().metric.name} allows nothing: the smallest removal that was tried loses "
                             f"{min(tried):.4g}. Allow more, or repair more (--repair obspa with --calibration).")  # fmt: skip
         return best
+
+    def _adaptively(self) -> tuple[Allocation, float]:
+        """Each group, from the last to the first, as narrow as its share of the drop allows (`spa.adaptive`)."""
+        limit = self.budget.max_drop
+        assert limit is not None
+        ladders = [(g.index, self.space.ladder(g)) for g in self.space.chosen]
+        qualities: dict[tuple[tuple[int, int], ...], float] = {}
+
+        def quality(widths: Mapping[int, int]) -> float:
+            key = tuple(sorted(widths.items()))
+            if key not in qualities:
+                model = self._cut(lowest(self.groups, self.scores, widths))
+                with self.stage("evaluating"):
+                    qualities[key] = self.judge()(model)
+            return qualities[key]
+
+        kept, lost = adaptive(ladders, lambda widths: self._drop(quality(widths)), limit)
+        if not kept:
+            raise BadOption(f"--max-drop {limit:g} by {self.judge().metric.name} allows nothing: no group may lose a channel for its "
+                            f"share of {limit / max(len(ladders), 1):.3g}. Allow more, or repair more (--repair obspa with "
+                            "--calibration).")  # fmt: skip
+        dense = np.array([g.size for g in self.groups.groups], np.float64)
+        small = dense.copy()
+        small[list(kept)] = list(kept.values())
+        costs = self.costs(np.stack([dense, small]))
+        self._source = f"measured at {len(qualities)} prunings"
+        whole, left = ({kind: float(values[i]) for kind, values in costs.items()} for i in (0, 1))
+        return Allocation({i: kept.get(i, int(x[-1])) for i, x in ladders}, left, whole, {}, ADAPTIVE, lost), quality(kept)
 
     def _least(self) -> float:
         """The share of MACs that is left at the smallest widths."""

@@ -98,11 +98,14 @@ class GroupViews:
         wanted = {id(x): x for g in chosen for x in self.readers.get(g.index, ())}
         vectors = self._vectors(list(wanted.values())) if needs in ("vectors", "projections") else {}
         projections = self._projections(chosen) if needs == "projections" else {}
+        usage = self._usage(chosen) if needs == "usage" else {}
         for group in chosen:
             for layer in self.readers.get(group.index, ()):
                 view = self._view(layer, group)
                 axis = self._axis(layer, group)
-                if needs:
+                if needs == "usage":
+                    view = replace(view, usage=usage[group.index, id(layer)])
+                elif needs:
                     view = replace(view, vectors=_spread(vectors[layer.data, axis], layer.positions[axis]))
                 if needs == "projections":
                     single = projections.get((group.index, id(layer)))
@@ -167,10 +170,11 @@ class GroupViews:
         places = sorted({(x.data, a) for x in layers for a in x.positions})
         found = {place: Vectors() for place in places}
 
-        def add(_: int, values: Mapping[str, NDArray[Any]]) -> None:
+        def add(number: int, values: Mapping[str, NDArray[Any]]) -> None:
+            samples = next((len(v) for v in self.data.batches[number].values() if np.ndim(v)), 1)  # type: ignore[union-attr]
             for (value, axis), vectors in found.items():
                 if value in values:
-                    vectors.add(values[value], axis)
+                    vectors.add(values[value], axis, samples)
 
         stream(self.data.model, self.groups.traced.facts.types, self.data.batches, [v for v, _ in places], add)
         return found
@@ -205,6 +209,29 @@ class GroupViews:
             stream(self.data.model, self.groups.traced.facts.types, self.data.batches, [x.data for _, x, _ in pairs], add)
         return {key: total / max(counts[key], 1) for key, total in totals.items()}
 
+    def _usage(self, chosen: Sequence[Group]) -> dict[tuple[int, int], Array]:
+        """(group, layer) -> (size,) share of the rows in which ‖x_c W_c‖₂ is the largest."""
+        assert self.data is not None
+        pairs = [(group, layer, self._view(layer, group)) for group in chosen for layer in self.readers.get(group.index, ())]
+        totals = {(g.index, id(x)): np.zeros(g.size) for g, x, _ in pairs}
+
+        def add(number: int, values: Mapping[str, NDArray[Any]]) -> None:
+            for group, layer, view in pairs:
+                if layer.data not in values:
+                    continue
+                data = values[layer.data]
+                found = rows(layer, data, draw_rows(layer, data.shape, number, 1 / len(self.data.batches), self.seed))  # type: ignore[union-attr]
+                for part in range(layer.parts):
+                    norms = np.zeros((found.shape[1], group.size))
+                    for channel, at in _columns(view.of[part], group.size):
+                        gram = view.weight[part][:, at].T @ view.weight[part][:, at]
+                        x = found[part][:, at].astype(np.float64)
+                        norms[:, channel] = np.einsum("ri,ij,rj->r", x, gram, x)
+                    totals[group.index, id(layer)] += np.bincount(norms.argmax(axis=1), minlength=group.size)
+
+        stream(self.data.model, self.groups.traced.facts.types, self.data.batches, [x.data for _, x, _ in pairs], add)
+        return {key: total / max(total.sum(), 1) for key, total in totals.items()}
+
     # ------------------------------------------------------------------ gradients
 
     def saliency(self, method: str) -> Mapping[str, NDArray[np.floating]]:
@@ -238,6 +265,7 @@ class LayerView:
     damping: float = solve.DAMPING
     vectors: Vectors = field(default_factory=Vectors, repr=False)
     projections: Array = field(default_factory=lambda: np.zeros(0), repr=False)
+    usage: Array = field(default_factory=lambda: np.zeros(0), repr=False)
     systems: tuple[select.Layer, ...] = ()
 
     def per_channel(self, columns: Array) -> Array:
@@ -247,10 +275,21 @@ class LayerView:
         return np.asarray(np.bincount(self.of[there], weights=spread[there], minlength=self.size), np.float64)
 
 
+def _columns(of: NDArray[np.int64], size: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Channels that have columns, with these."""
+    order = np.argsort(of, kind="stable")
+    cuts = np.searchsorted(of[order], np.arange(size + 1))
+    for channel in range(size):
+        if cuts[channel] < cuts[channel + 1]:
+            yield channel, order[cuts[channel] : cuts[channel + 1]]
+
+
 def _spread(vectors: Vectors, positions: NDArray[np.int64]) -> Vectors:
     """Statistics of positions, for each column."""
-    parts = (a[positions] for a in (vectors.mean, vectors.square, vectors.magnitude, vectors.zeros))
-    return Vectors(vectors.count, *parts)
+    mean, square, magnitude, zeros, norm = (
+        a[positions] for a in (vectors.mean, vectors.square, vectors.magnitude, vectors.zeros, vectors.norm)
+    )
+    return Vectors(vectors.count, mean, square, magnitude, zeros, norm, vectors.samples)
 
 
 @dataclass

@@ -667,7 +667,7 @@ NEED = [n for n in criteria.names() if criteria.get(n).needs]
 def test_the_registry_is_covered() -> None:
     tested = {*BY_LAYER, *CURVED, "obspa-greedy", "lamp", "fpgm", "bn-scale", "taylor", "taylor-sum", "snip", "fisher", "grasp", "crop",
               "synflow", "entropy-taylor"}
-    assert set(criteria.names()) == tested | {"l1", "l2", "random", "fold"}  # which have tests elsewhere
+    assert set(criteria.names()) == tested | {"l1", "l2", "random", "fold", "2ssp", "usage", "loraprune"}  # which have tests elsewhere
 
 
 @pytest.mark.parametrize("criterion", NEED)
@@ -688,7 +688,7 @@ def test_energy_is_for_errors(criterion: str) -> None:
 
 
 def test_unknown_names() -> None:
-    for options, words in (({"criterion": "best"}, "no criterion 'best'; the choice is: activation, amp"),
+    for options, words in (({"criterion": "best"}, "no criterion 'best'; the choice is: 2ssp, activation, amp"),
                            ({"aggregate": "most"}, "--aggregate is 'most'; the choice is: sum, mean, median, max, prod"),
                            ({"normalize": "l2"}, "--normalize is 'l2'; the choice is: none, sum, mean, max, standardize, energy")):
         with pytest.raises(BadOption, match=words):
@@ -699,7 +699,7 @@ def test_unknown_names() -> None:
     assert "mine" not in criteria.names()
 
 
-LAYERED = [n for n in criteria.names() if criteria.get(n).needs in ("vectors", "projections", "covariances")]
+LAYERED = [n for n in criteria.names() if criteria.get(n).needs in ("vectors", "projections", "usage", "covariances")]
 
 
 @pytest.mark.parametrize("criterion", LAYERED)

@@ -21,7 +21,8 @@ Target = Annotated[list[str] | None, typer.Option(
     "--target", metavar="COST=LIMIT", help="macs=0.5, params=2M, size=8MB, memory=64MB, latency=20ms or latency=0.6x; repeatable.",
     show_default=False)]
 Allocation = Annotated[str, typer.Option(
-    "--allocation", metavar="WAY", help="How a target is spread over groups: auto, uniform, global, sensitivity, solver.")]
+    "--allocation", metavar="WAY",
+    help="How a target is spread over groups: auto, uniform, global, sensitivity, solver; adaptive spreads --max-drop.")]
 MaxDrop = Annotated[float | None, typer.Option(
     "--max-drop", metavar="N", help="Most that may be lost by --metric, in its unit.", show_default=False)]
 Metric = Annotated[str | None, typer.Option(
@@ -35,7 +36,8 @@ Provider = Annotated[str, typer.Option("--provider", metavar="NAME", help="Execu
 TimeLimit = Annotated[float, typer.Option("--time-limit", min=0, metavar="SECONDS", help="For measuring losses; 0: go by scores.")]
 Steps = Annotated[int, typer.Option("--steps", min=1, help="Steps of the way, channels scored anew after each.")]
 Scope = Annotated[str | None, typer.Option(
-    "--scope", metavar="SCOPE", help="Of a ratio. local (default): same share each; global: one threshold; isomorphic: per shape.",
+    "--scope", metavar="SCOPE",
+    help="Of a ratio. local (default): same share each; global: one threshold; isomorphic: per shape; cost: global, by parameters.",
     show_default=False)]
 Criterion = Annotated[str, typer.Option("--criterion", metavar="NAME", help="What makes a channel worth keeping: l2, obspa, taylor, …")]
 Aggregate = Annotated[str | None, typer.Option(

@@ -41,11 +41,35 @@ def wanda(layer: LayerView) -> Scores:
 
 @criterion("flap", per="layer", needs="vectors")
 def flap(layer: LayerView) -> Scores:
-    """Var(x_j) Σ_i W_ij² (FLAP, An et al. 2024, arXiv 2312.11983, WIFV): what is left after the mean went into the bias."""
+    """Var(x_j) Σ_i W_ij² (FLAP, An et al. 2024, arXiv 2312.11983, WIFV): what is left after the mean went into the bias.
+
+    FLAP's widths: `--scope cost --normalize standardize` (z-scores of each group under one threshold, a head counted as its 4·d·D
+    parameters and a neuron as 3·D), with `--repair bias`. The authors' code squares the scores of heads' columns before the z-score; here
+    all are alike.
+    """
     return layer.per_channel(layer.vectors.variance * (layer.weight**2).sum(axis=1))
 
 
 @criterion("amp", per="layer", needs="projections")
 def amp(layer: LayerView) -> Scores:
-    """Heads: mean over rows of ‖x_c W_c‖₁, what the head adds to the output. Channels of one column: mean of |x| (AMP, IJCNN 2025)."""
+    """Heads: mean over rows of ‖x_c W_c‖₁, what the head adds to the output. Channels of one column: mean of |x| (AMP, IJCNN 2025).
+
+    I_n = (1/BT) Σ_{b,t} Σ_o |Σ_d x_{t,n,d} W_O[n,d,o]|, I_j = mean |x_j|. Heads that share a key-value group are one channel here: the norm
+    is of what they add together, where the authors' code adds up their norms.
+    """
     return layer.projections
+
+
+@criterion("2ssp", per="layer", needs="vectors")
+def two_ssp(layer: LayerView) -> Scores:
+    """Mean over samples of ‖h_j‖₂ over a sample's tokens (2SSP, arXiv 2501.17771, stage 1; widths are uniform there)."""
+    return layer.per_channel(layer.vectors.norm)
+
+
+@criterion("usage", per="layer", needs="usage", aggregate="mean")
+def usage(layer: LayerView) -> Scores:
+    """Share of tokens t whose largest ‖h_{t,c} W_O[c]‖₂ is the channel's own: how often top-1 routing would take it (after SHRP, 2025).
+
+    SHRP trains a router; this is the part of it that a finished network has. Meant for heads: of many neurons nearly all have zero.
+    """
+    return layer.usage

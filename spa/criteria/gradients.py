@@ -57,3 +57,13 @@ def entropy_taylor(view: GroupView) -> Scores:
     No labels are needed.
     """
     return view.combine(view.activation_saliency())
+
+
+@criterion("loraprune", needs="gradients")
+def loraprune(view: GroupView) -> Scores:
+    """Σ |w ∘ ĝ| of every matrix over its Euclidean norm, ĝ what LoRA's adapters see of the gradient (arXiv 2305.18403, eq. 7, one shot).
+
+    ĝ = g_B A + B g_A − g_B g_A at B = 0, which is g AᵀA. The moving average over training steps has nothing to run over here.
+    """
+    found = view.saliency("loraprune")
+    return view.combine(s / (np.linalg.norm(s) or 1.0) for s in found)

@@ -30,7 +30,7 @@ AGGREGATES: Mapping[str, Callable[[NDArray[np.float64]], Scores]] = {
     "max": lambda rows: rows.max(axis=0),
     "prod": lambda rows: rows.prod(axis=0),
 }
-NEEDS = ("", "vectors", "projections", "covariances", "gradients")
+NEEDS = ("", "vectors", "projections", "usage", "covariances", "gradients")
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Vectors(Protocol):
     variance: Scores
     magnitude: Scores  # mean of |x|
     zeros: Scores  # share of rows where x is 0 or less
+    norm: Scores  # mean over samples of the Euclidean norm over a sample's rows
 
 
 class LayerView(Protocol):
@@ -62,7 +63,8 @@ class LayerView(Protocol):
 
     size: channels of the group. weight: (parts, outputs, columns). of: (parts, columns) channel of each column, -1 for others.
     vectors: with needs="vectors". projections: (size,) with needs="projections", the mean over rows of the L1 norm of what a channel
-    adds to the output. systems: with needs="covariances", one a part, for `spa.select`. heads: whether a channel is many columns.
+    adds to the output. usage: (size,) with needs="usage", the share of rows to which a channel adds most.
+    systems: with needs="covariances", one a part, for `spa.select`. heads: whether a channel is many columns.
     """
 
     size: int
@@ -70,6 +72,7 @@ class LayerView(Protocol):
     of: NDArray[np.int64]
     vectors: Vectors
     projections: Scores
+    usage: Scores
     systems: Sequence[Any]
     damping: float
 
@@ -126,7 +129,8 @@ def criterion(
     """Enters a criterion into the registry under a name for `--criterion`.
 
     per: "group" (called with a `GroupView`) or "layer" (with a `LayerView`, scores then aggregated). needs: "" (weights alone), "vectors",
-    "projections", "covariances" or "gradients". aggregate: how scores of tensors or layers are joined by default, None where they are not.
+    "projections", "usage", "covariances" or "gradients". aggregate: how scores of tensors or layers are joined by default, None where
+    they are not.
     Raises BadOption for others.
     """
     if per not in ("group", "layer") or needs not in NEEDS or not (aggregate in AGGREGATES or (aggregate is None and per == "group")):
