@@ -49,11 +49,11 @@ def remove_channels(graph: gs.Graph, removal: Removal) -> int:
     for node in graph.nodes:
         held = node.attrs.get("value") if node.op == "Constant" else None
         if isinstance(held, gs.Constant) and node.outputs[0].name in removal.cuts and id(held) not in cut:
-            _cut(held, removal.cuts[node.outputs[0].name])
+            cut_constant(held, removal.cuts[node.outputs[0].name])
             cut.add(id(held))
         for tensor in node.inputs:
             if isinstance(tensor, gs.Constant) and tensor.name in removal.cuts and id(tensor) not in cut:
-                _cut(tensor, removal.cuts[tensor.name])
+                cut_constant(tensor, removal.cuts[tensor.name])
                 cut.add(id(tensor))
     changed += len(cut)
     changed += _restate(graph, removal)
@@ -67,7 +67,8 @@ def remove_channels(graph: gs.Graph, removal: Removal) -> int:
     return changed
 
 
-def _cut(tensor: gs.Constant, axes: Mapping[int, NDArray[np.int64]]) -> None:
+def cut_constant(tensor: gs.Constant, axes: Mapping[int, NDArray[np.int64]]) -> None:
+    """Keeps the listed positions of each axis of a stored tensor, which is read later if it can be."""
     values = tensor._values
     if isinstance(values, Weight):
         for axis, keep in axes.items():

@@ -15,6 +15,8 @@ from spa.count import Counts, count
 from spa.criteria import criterion
 from spa.depth import Depth
 from spa.errors import BadFile, BadModel, BadOption, BadPlan, CheckFailed, NothingToPrune, SpaError, UnsupportedModel
+from spa.exact import Ranks
+from spa.exact.rewriting import Rewritten, rewritten
 from spa.finetune import finetune
 from spa.frameworks.torch_module import apply_to_torch
 from spa.groups import Group, Groups, find_groups
@@ -56,9 +58,11 @@ __all__ = [
     "NothingToPrune",
     "Options",
     "Plan",
+    "Ranks",
     "RepairOptions",
     "Repaired",
     "Result",
+    "Rewritten",
     "SpaError",
     "Training",
     "UnsupportedModel",
@@ -80,6 +84,7 @@ __all__ = [
     "prune",
     "race",
     "rewrite",
+    "rewritten",
     "save",
     "score",
     "sensitivity",

@@ -27,6 +27,8 @@ from spa.edits import Edit
 from spa.engines import find as find_engine
 from spa.errors import BadOption, CheckFailed, NothingToPrune
 from spa.evidence import Evidence
+from spa.exact import NO_RANKS, Ranks
+from spa.exact.rewriting import prove_same, with_bases
 from spa.feeds import Feeds
 from spa.files import Pieces
 from spa.groups import Groups
@@ -134,6 +136,7 @@ def plan(
     damping: float = DAMPING,
     target: str | Sequence[str] | Budget = (),
     known: Known | None = None,
+    ranks: Ranks = NO_RANKS,
     stage: Stage = quiet,
 ) -> Plan:
     """Decides what goes.
@@ -148,19 +151,27 @@ def plan(
     between groups. swaps: rounds of exchanging removed for kept channels while the error after repair falls. loss: for gradients.
     damping: ridge of the errors that are estimated, over the mean variance of a layer's inputs. target: in place of a ratio, what the
     result may cost ("macs=0.5", "size=8MB", …) or a `Budget` with all that goes with it. known: scores and losses of an earlier plan of
-    the same model, criterion and data, which are not worked out again.
+    the same model, criterion and data, which are not worked out again. ranks: how much of the heads' singular bases stays; nothing else
+    goes then unless there is a ratio or a target too.
     Raises SpaError; NothingToPrune if nothing would go.
     """
     budget = budget_of(target)
     check_limits(budget, ratio, scope)
     asked = 0.5 if ratio is None else ratio
+    ranks.check_alone(budget.asks or budget.judges, swaps)
     options = Options(asked, scope or "local", multiple_of, keep_at_least, tuple(include), tuple(exclude), dict(ratios or {}), normalize,
                       tuple(units), tuple(protect))  # fmt: skip
     needs = criteria.get(criterion).needs
     analysis = model if isinstance(model, Analysis) else analyze(
         model, inputs=inputs, protect_outputs=protect_outputs, stat=stat, keep_state=keep_state, stage=stage)  # fmt: skip
+    analysis, by_rank = with_bases(analysis, ranks, stage=stage)
     analysis.given.origin.prepare()  # plans name their model by its hash, which takes as long as reading the file
     groups = analysis.groups
+    if by_rank is not None:
+        if ratio is None:
+            return make_plan(analysis.given, groups, by_rank.gone, copies=analysis.normal.copies, options={"ratio": None, **ranks.record},
+                             trace=analysis.settings, notes=by_rank.notes)  # fmt: skip
+        options = replace(options, exclude=(*options.exclude, *by_rank.patterns))
     wants = needs or swaps or budget.asks or budget.judges
     evidence = evidence_for(analysis, calibration, seed=seed, stage=stage) if wants else None
     budget, evidence = with_data(analysis, budget, evidence, seed=seed, stage=stage)
@@ -184,6 +195,8 @@ def plan(
         with stage("choosing"):
             choice = choose(groups, scores, options, block=block)
         gone, found = choice.gone, choice.notes
+    if by_rank is not None:
+        gone, found = gone | by_rank.gone, {**found, **by_rank.notes}
     if not gone.any():
         raise NothingToPrune(why_nothing(groups, found))
     notes = {**dict.fromkeys(scores.instead, f"was scored by l2: no layer sums over it, so {criterion} says nothing of it"), **found}
@@ -209,6 +222,7 @@ def plan(
         chosen |= {"calibration": evidence.name, "samples": evidence.samples, "swaps": swaps, "loss": loss, "damping": damping}
     if evidence is not None or aggregate is not None or normalize != "mean":
         chosen |= {"aggregate": aggregate, "normalize": normalize}
+    chosen |= ranks.record
     if record:
         chosen["budget"] = dict(record)
     return make_plan(analysis.given, groups, gone, copies=analysis.normal.copies, options=chosen, trace=analysis.settings, notes=notes)
@@ -320,12 +334,15 @@ def prune(
     steps: int = 1,
     edits: Sequence[Edit | Mapping[str, Any]] = (),
     drop_layers: Depth | None = None,
+    qk_rank: float | None = None,
+    vo_rank: float | None = None,
     stage: Stage = quiet,
 ) -> Result:
     """Plans and applies; see `plan` and `apply` for the options. steps: of the way there, channels scored anew after each.
 
     edits: changes of the graph that come first, see `spa.edits`. drop_layers: layers that go before channels, see `spa.depth`; alone if
-    there is neither a ratio nor a target.
+    there is neither a ratio nor a target. qk_rank, vo_rank: directions of each head's singular bases that stay, a number or a share
+    (`spa.exact.Ranks`); nothing else goes if there is no ratio.
 
     >>> result = spa.prune("model.onnx", target="macs=0.5")
     >>> result.save("small.onnx", plan="small.plan.json")
@@ -336,7 +353,7 @@ def prune(
         "criterion": criterion, "scope": scope, "multiple_of": multiple_of, "keep_at_least": keep_at_least, "include": include,
         "exclude": exclude, "units": units, "protect": protect, "ratios": ratios, "aggregate": aggregate, "normalize": normalize,
         "swaps": swaps, "loss": loss,
-        "damping": repair.damping if isinstance(repair, RepairOptions) else DAMPING,
+        "damping": repair.damping if isinstance(repair, RepairOptions) else DAMPING, "ranks": Ranks(qk_rank, vo_rank),
     }  # fmt: skip
     return carried_out(analysis, wishes, ratio=ratio, budget=replace(budget_of(target), repair=repair), evidence=evidence, steps=steps,
                        check=check, seed=seed, feeds=feeds, tolerance=tolerance, depth=drop_layers, stage=stage)  # fmt: skip
@@ -350,16 +367,21 @@ def carried_out(
     """Plans and applies on what was read already. wishes: options of `plan` that stay the same in all steps. depth: layers go first."""
     if steps < 1:
         raise BadOption(f"--steps is {steps}, but must be 1 or more.")
+    ranks: Ranks = wishes.get("ranks", NO_RANKS)
+    ranks.check_alone(budget.asks or budget.judges or steps > 1)
     if depth is not None:
         small, data, dropped = without_layers(analysis, depth, evidence, seed=seed, stage=stage)
         how: dict[str, Any] = {"check": check, "seed": seed, "feeds": feeds, "tolerance": tolerance, "stage": stage}
-        if ratio is None and not budget.asks:
+        if ratio is None and not budget.asks and not ranks.any:
             result = apply(small, layers_alone(small, seed), **how)
         else:
             budget = replace(budget, evaluate=moved(budget.evaluate, small))
             result = carried_out(small, wishes, ratio=ratio, budget=budget, evidence=data, steps=steps, **how)
         return replace(result, plan=replace(result.plan, options={**result.plan.options, "depth": dropped.record}))
     budget, evidence = with_data(analysis, budget, evidence, seed=seed, stage=stage)
+    before, (analysis, _) = analysis, with_bases(analysis, ranks, stage=stage)
+    if ranks.any and check:
+        prove_same(before, analysis.normal.model, feeds=feeds, seed=seed, tolerance=tolerance, stage=stage)
 
     def decide(current: Analysis, data: Evidence | None, limits: Budget, share: float | None, own: Mapping[str, float]) -> Plan:
         options = {**wishes, "ratios": {**(wishes.get("ratios") or {}), **own}}

@@ -9,7 +9,8 @@ import importlib
 
 from spa.commands.app import app
 
-for _module in ("inspect", "prune", "sweep", "finetune", "check", "bench"):  # each adds its commands, in the order that --help lists them
+for _module in ("inspect", "prune", "rewrite", "sweep", "finetune", "check", "bench"):
+    # each adds its commands, in the order that --help lists them
     importlib.import_module(f"spa.commands.{_module}")
 
 

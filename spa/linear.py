@@ -188,6 +188,16 @@ def _layer(groups: Groups, node: NodeTrace, linear: Linear, makers: Mapping[str,
     )  # fmt: skip
 
 
+def result_layout(layer: Layer) -> Layout | None:
+    """Layout of what a layer gives: (parts, rows, outputs), the outputs in the order of the weight's."""
+    terms = layer.signature.outputs[0] or ()
+    sides = _Sides(layer.signature, layer.data_terms or (), layer.signature.inputs[layer.linear.weight] or (), terms, layer.window)
+    rows = [n for t in terms for n in dims_of(t) if n not in sides.shared and n not in sides.outputs]
+    if any(n not in layer.sizes for t in terms for n in dims_of(t)):
+        return None
+    return layout_of(terms, layer.sizes, (sides.shared, rows, sides.outputs))
+
+
 def _together(labels: NDArray[np.int64] | None, length: int) -> NDArray[np.int64]:
     """(length,) equal numbers for the positions of an axis that hang on the same coordinates; one each where nothing may go."""
     if labels is None or not labels.shape[1]:

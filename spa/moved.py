@@ -58,11 +58,13 @@ def place_of(traced: Traced, value: str, makers: Mapping[str, gs.Node]) -> Place
     index: NDArray[Any] = np.arange(math.prod(shape), dtype=np.int64).reshape(shape)
     for node in reversed(chain):
         wanted = source_output(node, chain, value)
-        moved = _moved(traced, node, index, wanted)
-        if moved is None:
+        onward = moved(traced, node, index, wanted)
+        if onward is None:
             return None
-        index = moved
-    if len(np.unique(index)) != index.size:
+        index = onward
+    held = np.zeros(math.prod(shape), bool)
+    held[index.reshape(-1)] = True
+    if np.count_nonzero(held) != index.size:
         return None
     return Place(source, index)
 
@@ -74,7 +76,8 @@ def source_output(node: gs.Node, chain: list[gs.Node], value: str) -> int:
     return next(i for i, t in enumerate(node.outputs) if t.name == name)
 
 
-def _moved(traced: Traced, node: gs.Node, index: NDArray[Any], output: int) -> NDArray[np.int64] | None:
+def moved(traced: Traced, node: gs.Node, index: NDArray[Any], output: int) -> NDArray[np.int64] | None:
+    """Which element of its first input each element of an output is, if `index` numbers those; None where that can't be told."""
     if node.op in CASTS:
         return index
     opsets = {d.domain: d.version for d in traced.graph.import_domains or ()} or {"": traced.graph.opset}

@@ -35,6 +35,11 @@ OutputName = Annotated[str | None, typer.Option(
 Provider = Annotated[str, typer.Option("--provider", metavar="NAME", help="Execution provider to round for and to time on.")]
 TimeLimit = Annotated[float, typer.Option("--time-limit", min=0, metavar="SECONDS", help="For measuring losses; 0: go by scores.")]
 Steps = Annotated[int, typer.Option("--steps", min=1, help="Steps of the way, channels scored anew after each.")]
+QkRank = Annotated[float | None, typer.Option(
+    "--qk-rank", metavar="R", help="Directions that queries and keys of each head keep, in their singular basis: a number or a share.",
+    show_default=False)]
+VoRank = Annotated[float | None, typer.Option(
+    "--vo-rank", metavar="R", help="The same for values and outputs.", show_default=False)]
 Scope = Annotated[str | None, typer.Option(
     "--scope", metavar="SCOPE",
     help="Of a ratio. local (default): same share each; global: one threshold; isomorphic: per shape; cost: global, by parameters.",

@@ -27,6 +27,7 @@ from spa.count import count
 from spa.depth_report import dropped as dropped_layers
 from spa.engines import find as find_engine
 from spa.errors import BadOption
+from spa.exact import Ranks
 from spa.explain import Cause, frozen_causes
 from spa.feeds import Feeds, one_sample
 from spa.plan import load_plan, mask_of
@@ -43,6 +44,7 @@ def plan(
     criterion: given.Criterion = "l2", multiple_of: given.MultipleOf = "auto", keep_at_least: given.KeepAtLeast = 1,
     include: given.Include = None, exclude: given.Exclude = None, units: given.Units = None, protect: given.ProtectFile = None,
     ratios: given.Ratios = None, protect_outputs: given.Protect = True, no_stat: given.NoStat = False,
+    qk_rank: given.QkRank = None, vo_rank: given.VoRank = None,
     keep_state: given.KeepState = False, seed: given.Seed = 0, inputs: given.Inputs = None, calibration: given.Source = None,
     preprocess: given.Preprocess = None, tokenizer: given.Tokenizer = None, samples: given.Samples = 256, batch: given.Batch = 32,
     length: given.Length = None, labels: given.Labels = None, aggregate: given.Aggregate = None, normalize: given.Normalize = "mean",
@@ -58,7 +60,7 @@ def plan(
     reading.check_outputs({"--output": output}, [model, ratios, protect, *reads])
     mending = reading.repair_options(repair, calibration, damping, "pruned", "dense", False, None)
     wishes = _wishes(ratio, scope, criterion, multiple_of, keep_at_least, include, exclude, units, protect, ratios, normalize, aggregate,
-                     swaps, loss, damping)
+                     swaps, loss, damping) | {"ranks": Ranks(qk_rank, vo_rank)}
     budget = _budget(ratio, scope, target, allocation, max_drop, metric, output_name, provider, threads, time_limit, mending)
     analysis = analysis_of(term, model, inputs, protect_outputs, not no_stat, keep_state, outputs={"--output": output})
     evidence = evidence_of(term, analysis, calibration, preprocess, tokenizer, samples, batch, length, labels, seed)
@@ -118,6 +120,7 @@ def prune(
     keep_at_least: given.KeepAtLeast = 1, include: given.Include = None, exclude: given.Exclude = None, units: given.Units = None,
     protect: given.ProtectFile = None, ratios: given.Ratios = None, protect_outputs: given.Protect = True, no_stat: given.NoStat = False,
     keep_state: given.KeepState = False, seed: given.Seed = 0, no_check: given.NoCheck = False,
+    qk_rank: given.QkRank = None, vo_rank: given.VoRank = None,
     tolerance: given.Tolerance = TOLERANCE, inputs: given.Inputs = None, feeds: given.FeedsFile = None, no_bench: given.NoBench = False,
     threads: given.Threads = 0, memory: given.Memory = None, calibration: given.Source = None, preprocess: given.Preprocess = None,
     tokenizer: given.Tokenizer = None, samples: given.Samples = 256, batch: given.Batch = 32, length: given.Length = None,
@@ -141,7 +144,7 @@ def prune(
     reading.check_tolerance(tolerance)
     found = find_companions(model, output, companions)
     wishes = _wishes(ratio, scope, criterion, multiple_of, keep_at_least, include, exclude, units, protect, ratios, normalize, aggregate,
-                     swaps, loss, damping)
+                     swaps, loss, damping) | {"ranks": Ranks(qk_rank, vo_rank)}
     budget = _budget(ratio, scope, target, allocation, max_drop, metric, output_name, provider, threads, time_limit, mending)
     depth = reading.depth(drop_layers, layer_kind, layers)
     if depth is not None and (ratio is None and not budget.asks) and mending.method != "none" and repair is not None:

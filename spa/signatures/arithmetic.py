@@ -20,8 +20,23 @@ NEVER_FOLDED = frozenset(
 )
 """Draw numbers, or belong to a format that the runtime wants to see."""
 
+PASSES = (KEEPS_VALUES - {"Concat"}) | {"Dropout"}
+"""Give values of their first input and no others; each element of a result is one element of it."""
+
+STILL = frozenset({"Cast", "CastLike", "Dropout", "Identity"})
+"""Of those, what gives each element where it was."""
+
 ADDS = frozenset({"Add"})
 """Add their operands, spread over each other: a stored one is a bias."""
+
+SCALES = {"Mul": (0, 1), "Div": (0,)}
+"""Operand numbers in which the result is linear while the other one is a constant."""
+
+SHIFTS = {"Add": (0, 1), "Sub": (0,), "Where": (1, 2)}
+"""Operand numbers to which a number can be added instead of to the result, as far as the result is made of that operand."""
+
+MASKS = {"Where": {1: 2, 2: 1}}
+"""Operand numbers of which some elements are replaced: the operand that these come from."""
 
 _STANDARD = {("com.microsoft", "FusedConv"): "Conv", ("com.microsoft", "FusedGemm"): "Gemm"}
 

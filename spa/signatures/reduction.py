@@ -76,7 +76,8 @@ def softmax(node: NodeView) -> Signature | Refusal:
     axis = axis_of(node, -1 if node.opset >= 13 else 1, rank)
     over = {axis} if node.opset >= 13 else set(range(axis, rank))
     terms = tuple(Dim(f"r.{i}" if i in over else f"a.{i}") for i in range(rank))
-    return Signature((terms,), (terms,), {"r": STAT, "a": MAP})
+    ran = tuple(f"r.{i}" for i in sorted(over))
+    return Signature((terms,), (terms,), {"r": STAT, "a": MAP}, cancels=ran, unit=() if node.op == "LogSoftmax" else ran)
 
 
 @signature("ArgMax", "ArgMin")

@@ -175,6 +175,8 @@ class Signature:
     roles: Mapping[str, str] = field(default_factory=dict)  # of dims in an operator that holds an attention, see `spa.kinds`
     demands: tuple[Demand, ...] = ()  # of the kernel, on the sizes of dims
     masked: tuple[int, ...] | None = None  # inputs that are enough to mask; stored ones stay so: its kernel computes otherwise with others
+    cancels: tuple[str, ...] = ()  # dims along which a number added to all of input 0 changes nothing
+    unit: tuple[str, ...] = ()  # dims along which output 0 sums to one
 
     def __str__(self) -> str:
         def operand(axes: Operand) -> str:
