@@ -142,7 +142,7 @@ def plan(
     """Decides what goes.
 
     ratio: share of the channels of each group that goes, between 0 and 1; 0.5 if there is no target either. criterion: a name of the
-    registry. scope: local, global, isomorphic or cost. multiple_of: widths are rounded to it; "auto" is what the provider likes.
+    registry. scope: local, global, isomorphic, cost or log. multiple_of: widths are rounded to it; "auto" is what the provider likes.
     include, exclude: globs or /regexes/ on the names of groups, nodes and values, or "kind:head". units: kinds of groups that may shrink
     (`spa.kinds.KINDS`), all if empty. protect: what stays, "pattern" or "pattern: coordinates" (`spa.protect`). ratios: pattern -> ratio of
     its own. stat: whether axes that a normalisation runs over may shrink. keep_state: whether a cache that is carried from call to call

@@ -19,9 +19,10 @@ from spa.kinds import KINDS
 from spa.protect import parsed, protected
 from spa.score import Scores
 from spa.signatures.table import dims_of
+from spa.spread import log_shares, threshold_by_parameters
 from spa.trace import node_name
 
-SCOPES = ("local", "global", "isomorphic", "cost")
+SCOPES = ("local", "global", "isomorphic", "cost", "log")
 NORMALIZATIONS: Mapping[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
     "none": lambda scores: scores,
     "sum": lambda scores: scores / (scores.sum() or 1.0),
@@ -84,7 +85,7 @@ def choose(groups: Groups, scores: Scores, options: Options, *, block: int = 16)
 
     local: the same ratio in every group. global: one threshold on scores that were normalised in their group.
     isomorphic: one threshold among groups of the same structure (Fang et al. 2024, arXiv 2407.04616). cost: as global, but the ratio is of
-    the groups' parameters, not of their number of coordinates (FLAP, arXiv 2312.11983: a head weighs as much as hundreds of neurons).
+    the groups' parameters, not of their number of coordinates. log: as local, but more of late layers (`spa.spread`).
     """
     space = find_space(groups, options, block=block)
     scores = replace(scores, held=space.held)
@@ -359,6 +360,8 @@ def _quota(groups: Groups, chosen: Sequence[Group], scores: Scores, wanted: Mapp
     quota = {g.index: g.size * wanted[g.index] for g in chosen}
     if options.scope == "local":
         return quota
+    if options.scope == "log":
+        return quota | _with_depth(chosen, wanted, options.ratio)
     pools: dict[object, list[Group]] = {}
     for group in chosen:
         own = wanted[group.index] != options.ratio
@@ -373,19 +376,19 @@ def _quota(groups: Groups, chosen: Sequence[Group], scores: Scores, wanted: Mapp
         count = min(int(wanted[pool[0].index] * len(every) + 1e-6), int(np.isfinite(every).sum()))
         threshold = every[count - 1] if count else -np.inf
         if options.scope == "cost":
-            threshold = _by_parameters(pool, parts, wanted[pool[0].index])
+            threshold = threshold_by_parameters(pool, parts, wanted[pool[0].index])
         for group, found in zip(pool, parts, strict=True):
             quota[group.index] = float(np.count_nonzero(found <= threshold))
     return quota
 
 
-def _by_parameters(pool: Sequence[Group], parts: Sequence[NDArray[np.float64]], share: float) -> float:
-    """The score up to which coordinates hold so much of the parameters of all, a coordinate counted as often as its group's has them."""
-    scores = np.concatenate(parts)
-    costs = np.concatenate([np.full(g.size, max(g.parameters, 1e-9)) for g in pool])
-    order = np.argsort(scores, kind="stable")
-    within = np.flatnonzero((np.cumsum(costs[order]) <= share * costs.sum() * (1 + 1e-9)) & np.isfinite(scores[order]))
-    return float(scores[order[within[-1]]]) if len(within) else -np.inf
+def _with_depth(chosen: Sequence[Group], wanted: Mapping[int, float], ratio: float) -> dict[int, float]:
+    """Coordinates that groups lose whose share grows with depth among the groups of their kind; those with a ratio of their own keep it."""
+    found: dict[int, float] = {}
+    for kind in dict.fromkeys(g.kind for g in chosen):
+        layers = [g for g in chosen if g.kind == kind and wanted[g.index] == ratio]
+        found |= {g.index: g.size * share for g, share in zip(layers, log_shares(len(layers), ratio), strict=True)}
+    return found
 
 
 def structure(groups: Groups, group: Group) -> tuple[object, ...]:

@@ -170,7 +170,9 @@ def affine(weight: Array, offset: Array, moments: Moments, removed: Mask, of: ND
 
     With a_c = W_c (x_c − μ_c) the part of y that comes from coordinate c and N_ce = E a_cᵀ a_e, the scales r minimise
     E ‖Σ_all a_c − Σ_kept r_c a_c‖² + λ ‖r − 1‖²: r = 1 + (N_SS + λI)⁻¹ N_SP 1, λ = damping × mean(diag N_SS). N is the sum over
-    coordinates of WᵀW ∘ C. Mask tuning of Kwon et al. 2022 (arXiv 2204.09656), there by LSMR on recorded outputs.
+    coordinates of WᵀW ∘ C. Mask tuning of Kwon et al. 2022 (arXiv 2204.09656), there by LSMR on recorded outputs. COMP (2025)
+    tunes its masks so too; the metric that it chooses neurons by could not be had (only its abstract was in reach), and nothing here claims
+    to be it: the error after this repair and after `obspa`, which has more freedom, is what `--criterion obspa` scores by.
 
     Parameters
     ----------

@@ -19,6 +19,7 @@ from spa.adaptive import adaptive
 from spa.choose import Options, choose
 from spa.errors import BadOption
 from spa.score import Scores
+from spa.spread import log_shares
 from spa.views import Data
 
 Array = np.ndarray
@@ -117,6 +118,32 @@ def test_scope_cost_removes_a_share_of_the_parameters() -> None:
     assert set(np.flatnonzero(chosen.gone).tolist()) == gone
     by_number = choose(groups, Scores("test", values), Options(0.4, "global", 1, normalize="standardize"))
     assert not np.array_equal(by_number.gone, chosen.gone)
+
+
+@pytest.mark.parametrize("count, ratio", [(2, 0.25), (6, 0.25), (12, 0.5), (32, 0.5), (12, 0.8)])
+def test_log_shares_grow_with_depth_and_keep_the_mean(count: int, ratio: float) -> None:
+    found = log_shares(count, ratio)
+    assert found.mean() == pytest.approx(ratio)
+    assert (np.diff(found) > 0).all()
+    assert found[0] > 0
+    assert found[-1] <= 0.95 + 1e-9
+    rise = (found - found[0]) / (found[-1] - found[0])
+    np.testing.assert_allclose(rise, [np.log(i + 1) / np.log(count) for i in range(count)], atol=1e-12)
+
+
+def test_scope_log_goes_by_depth_among_groups_of_a_kind() -> None:
+    weights = {f"w{i}": (20 if i else 4, 20 if i < 5 else 5) for i in range(6)}
+    body = " ".join(f"{'y' if i == 5 else f'h{i}'} = MatMul({'x' if i == 0 else f'h{i - 1}'}, w{i})" for i in range(6))
+    groups = groups_of(net("float[2,4] x -> float[2,5] y", body, **weights))
+    chosen = choose(groups, Scores("test", np.arange(groups.total, dtype=np.float64)), Options(0.5, "log", 1))
+    gone = [int(chosen.gone[g.coordinates].sum()) for g in groups.free()]
+    assert gone == [20 - int(20 * (1 - share) + 1e-6) for share in log_shares(5, 0.5)]
+
+
+def test_groups_with_a_ratio_of_their_own_keep_it_in_scope_log() -> None:
+    groups = groups_of(chain())
+    chosen = choose(groups, Scores("test", np.arange(groups.total, dtype=np.float64)), Options(0.5, "log", 1, ratios={"w1:1": 0.25}))
+    assert int(chosen.gone[groups.by_name["w1:1"].coordinates].sum()) == 8
 
 
 def restated(sizes: list[int], loss: Any, budget: float) -> tuple[dict[int, int], float]:

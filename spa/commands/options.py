@@ -42,7 +42,8 @@ VoRank = Annotated[float | None, typer.Option(
     "--vo-rank", metavar="R", help="The same for values and outputs.", show_default=False)]
 Scope = Annotated[str | None, typer.Option(
     "--scope", metavar="SCOPE",
-    help="Of a ratio. local (default): same share each; global: one threshold; isomorphic: per shape; cost: global, by parameters.",
+    help="Of a ratio. local (default): same share each; global: one threshold; isomorphic: per shape; cost: global, by parameters; "
+    "log: more of late layers.",
     show_default=False)]
 Criterion = Annotated[str, typer.Option("--criterion", metavar="NAME", help="What makes a channel worth keeping: l2, obspa, taylor, …")]
 Aggregate = Annotated[str | None, typer.Option(

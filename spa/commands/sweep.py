@@ -41,7 +41,7 @@ Repairs = Annotated[list[str] | None, typer.Option(
     "--repair", metavar="METHOD,…", help="none, bias, affine, obspa, fold; by default obspa where --calibration is given.",
     show_default=False)]
 Scopes = Annotated[list[str] | None, typer.Option(
-    "--scope", metavar="SCOPE,…", help="Of ratios: local (default), global, isomorphic, cost.", show_default=False)]
+    "--scope", metavar="SCOPE,…", help="Of ratios: local (default), global, isomorphic, cost, log.", show_default=False)]
 Allocations = Annotated[list[str] | None, typer.Option(
     "--allocation", metavar="WAY,…", help="Of targets: auto (default), uniform, global, sensitivity, solver.", show_default=False)]
 Jobs = Annotated[int, typer.Option("--jobs", "-j", metavar="N", help="Workers side by side; 0: one for each core.")]
