@@ -1,10 +1,10 @@
 """Graph-surgeon passes: each one function on a graphsurgeon Graph, told by plain data what to do.
 
 Two kinds, kept apart. Those that keep the function: `fold_constants`, `gather_shuffles`, `unshare_constants`, `merge_copies`,
-`drop_dead_nodes`, `split_branches`, and `replace_constants` and `drop_biases` as far as what they are told does. Those that change it as
-told: `remove_channels`, `drop_branches`, `zero_branches`, `insert_gates`, `insert_masks`, `mix_outputs`; `insert_biases` adds zeros, for
-repair to fill, `insert_id_maps` lets a pruned vocabulary be fed as before. Each returns how many changes it made and is idempotent, unless
-it says otherwise.
+`drop_dead_nodes`, `split_branches`, and `replace_constants`, `drop_biases` and `turn_stream` as far as what they are told does. Those that
+change it as told: `remove_channels`, `drop_branches`, `zero_branches`, `insert_gates`, `insert_masks`, `mix_outputs`; `insert_biases` adds
+zeros, for repair to fill, `insert_id_maps` lets a pruned vocabulary be fed as before. Each returns how many changes it made and is
+idempotent, unless it says otherwise.
 This package imports nothing of ours.
 """
 
@@ -20,6 +20,7 @@ from passes.mixing import mix_outputs
 from passes.remove import DELETE, Patch, Removal, remove_channels
 from passes.shuffles import gather_shuffles
 from passes.split import Branch, split_branches
+from passes.turn import Turn, turn_stream
 from passes.weights import Weight
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Mask",
     "Patch",
     "Removal",
+    "Turn",
     "Weight",
     "Widened",
     "drop_biases",
@@ -46,6 +48,7 @@ __all__ = [
     "remove_channels",
     "replace_constants",
     "split_branches",
+    "turn_stream",
     "unshare_constants",
     "zero_branches",
 ]

@@ -26,6 +26,7 @@ from spa.plan import Plan, load_plan, make_plan
 from spa.repair import Repaired, RepairOptions
 from spa.reporting import write_report
 from spa.rewrite import rewrite
+from spa.rotation import Rotated, rotated
 from spa.score import score
 from spa.sensitivity import sensitivity
 from spa.signatures import FIXED, MAP, STAT, SUM, signature
@@ -34,6 +35,7 @@ from spa.sweep import sweep
 from spa.sweep_report import write_sweep
 from spa.trace import trace
 from spa.training import Training
+from spa.vocabulary_prune import prune_vocabulary
 
 __version__ = "0.1.0"
 
@@ -63,6 +65,7 @@ __all__ = [
     "Repaired",
     "Result",
     "Rewritten",
+    "Rotated",
     "SpaError",
     "Training",
     "UnsupportedModel",
@@ -82,9 +85,11 @@ __all__ = [
     "normalize",
     "plan",
     "prune",
+    "prune_vocabulary",
     "race",
     "rewrite",
     "rewritten",
+    "rotated",
     "save",
     "score",
     "sensitivity",

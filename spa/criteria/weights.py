@@ -41,6 +41,12 @@ def lamp(view: GroupView) -> Scores:
     return scores
 
 
+@criterion("position")
+def position(view: GroupView) -> Scores:
+    """The earlier, the more: for networks whose channels are in order, such as a turned residual stream (`spa.rotated`)."""
+    return np.arange(view.size, 0, -1, dtype=np.float64)
+
+
 @criterion("fpgm")
 def fpgm(view: GroupView) -> Scores:
     """Σ_k ‖w_c - w_k‖₂ over the other channels of a tensor (He et al. 2019, arXiv 1811.00250): near the middle = replaceable."""
