@@ -12,6 +12,7 @@ import pytest
 import spa
 from models.cached import export_cached, generate, tiny_llama
 from models.extras import MissingExtra, need
+from tools.generate import main as tool
 
 PROMPT = np.array([5, 17, 60, 2, 33])
 TOKENS = 24
@@ -90,3 +91,8 @@ def test_the_state_can_be_kept(exported: Path) -> None:
     small = session(result)
     assert [i.shape for i in small.get_inputs()] == [i.shape for i in ort.InferenceSession(str(exported)).get_inputs()]
     assert generate(small, PROMPT, TOKENS) == generate(small, PROMPT, TOKENS, cache=False)
+
+
+def test_the_tool_names_a_file_that_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tool(["no.onnx", "--prompt", "x", "--tokenizer", str(tmp_path / "tokenizer.json")]) == 2
+    assert "there is no file no.onnx" in capsys.readouterr().err
