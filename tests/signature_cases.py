@@ -189,11 +189,11 @@ def on_runtime(model: ModelProto, feeds: Arrays) -> list[Any]:
     return list(session.run(None, feeds))
 
 
-def on_reference(model: ModelProto, feeds: Arrays) -> list[Any]:
-    """Outputs on onnx's reference evaluator."""
+def on_reference(model: ModelProto, feeds: Arrays, *, new_ops: Sequence[Any] = ()) -> list[Any]:
+    """Outputs on onnx's reference evaluator, which `new_ops` are added to."""
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
-        return list(ReferenceEvaluator(model).run(None, feeds))
+        return list(ReferenceEvaluator(model, new_ops=list(new_ops)).run(None, feeds))
 
 
 ENGINES = {"onnxruntime": on_runtime, "reference": on_reference}
