@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from typer.testing import CliRunner
 
 import spa
+from spa import cli
 from spa.check import run
 from spa.errors import BadOption
 from spa.stream import NotTurnable
@@ -89,6 +93,7 @@ def outputs(model: Any) -> np.ndarray:
 def test_the_turned_network_computes_the_same(norm: str) -> None:
     model = Net(norm).model()
     turned = spa.rotated(model, IDS_FED)
+    assert turned.check is not None
     assert turned.check.worst < 1e-5
     dense = outputs(model)
     assert np.abs(outputs(turned.model) - dense).max() < 1e-5 * np.abs(dense).max()
@@ -118,11 +123,10 @@ def test_the_mean_that_is_taken_off_costs_no_position() -> None:
 
 
 def test_a_tied_table_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     monkeypatch.setattr(sys.modules["spa.normalize"], "SHARED", 64)
     model = Net("RMSNorm in steps", tied=True).model()
     turned = spa.rotated(model, IDS_FED)
+    assert turned.check is not None
     assert turned.check.worst < 1e-5
     held = [t for t in spa.store.to_proto(turned.model).graph.initializer if list(t.dims) in ([IDS, WIDTH], [WIDTH, IDS])]
     assert len(held) == 1
@@ -155,6 +159,26 @@ def test_other_refusals() -> None:
         spa.rotated(model, IDS_FED, group="up0:1")
     with pytest.raises(BadOption, match="give some with --calibration"):
         spa.rotated(model, None)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    model, data, out = tmp_path / "model.onnx", tmp_path / "ids.npz", tmp_path / "turned.onnx"
+    onnx.save(Net("LayerNormalization").model(), model)
+    np.savez(data, ids=np.concatenate([feeds["ids"] for feeds in IDS_FED]))
+
+    def spa_(*words: Any) -> Any:
+        return CliRunner().invoke(cli.app, [str(w) for w in words])
+
+    for words, said in ((("--rotate",), "go together"), (("--rotate", "--all", "--calibration", data), "goes alone")):
+        refused = spa_("rewrite", model, *words, "-o", out)
+        assert refused.exit_code == 2
+        assert said in refused.output
+        assert not out.exists()
+    done = spa_("rewrite", model, "--rotate", "--calibration", data, "-o", out)
+    assert done.exit_code == 0, done.output
+    assert "table:1, 8 positions" in done.output
+    cut = spa_("prune", out, "--criterion", "position", "--include", "table:1", "--no-bench", "-o", tmp_path / "small.onnx")
+    assert cut.exit_code == 0, cut.output
 
 
 def test_the_input_is_left_alone() -> None:
