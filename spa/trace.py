@@ -204,9 +204,12 @@ class _Tracer:
             return None
         shared = tuple(i for i, (x, y) in enumerate(zip(before, after, strict=True)) if self._same(x, y))
         other = [i for i, (x, y) in enumerate(zip(before, after, strict=True)) if x.length != y.length]
-        loose = [i for i, axis in enumerate(before) if axis.labels is not None and i not in shared]
+        loose = [i for i, axis in enumerate(before) if i not in shared and not (self._stays(axis) and self._stays(after[i]))]
         grows = {*other, *loose}
         return State(name, output, next(iter(grows), None), shared) if shared and len(grows) <= 1 else None
+
+    def _stays(self, axis: Axis) -> bool:
+        return axis.labels is None or not self.atoms.resolve(axis.labels).any()
 
     def _same(self, one: Axis, two: Axis) -> bool:
         if one.labels is None or two.labels is None:

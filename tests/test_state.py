@@ -121,6 +121,32 @@ def test_other_ways_to_carry_one(grown: str, past: str, present: str, more: str)
     assert result.check.passed
 
 
+FUSED = {
+    "Attention": (23, 10, "Attention<q_num_heads=4, kv_num_heads=2>(q, k, v, , past_k, past_v)", "p", ""),
+    "GroupQueryAttention": (
+        17, 8, "com.microsoft.GroupQueryAttention<num_heads=4, kv_num_heads=2>(q, k, v, past_k, past_v, lens, total)", "9",
+        ", int32[2] lens, int32[1] total",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", FUSED)
+def test_fused_operators_carry_states(op: str) -> None:
+    opset, ir, node, length, more = FUSED[op]
+    past = f"float[2,2,{length},8]"
+    present = past if length == "9" else "float[2,2,u,8]"
+    body = f"q = MatMul(x, wq) k = MatMul(x, wk) v = MatMul(x, wv) o, present_k, present_v = {node} y = MatMul(o, wo)"
+    model = net(f"float[2,1,16] x, {past} past_k, {past} past_v{more} -> float[2,1,16] y, {present} present_k, {present} present_v", body,
+                opset, ir, wq=(16, 32), wk=(16, 16), wv=(16, 16), wo=(32, 16))  # fmt: skip
+    found = states(model)
+    assert [(s.input, s.output) for s in found] == [("past_k", "present_k"), ("past_v", "present_v")]
+    assert all({1, 3} <= set(s.axes) for s in found)
+    result = spa.prune(model, 0.5, multiple_of=1, include=["kind:key-value"])
+    assert {shape(result.to_proto(), n)[1] for n in ("past_k", "past_v", "present_k", "present_v")} == {1}
+    assert result.check is not None
+    assert result.check.passed
+
+
 def test_what_comes_back_changed_is_no_state() -> None:
     denoiser = net("float[n,8,t] x -> float[n,8,t] y", "a = Conv(x, w) y = Add(x, a)", w=(8, 8, 1))
     untouched = net("float[n,8,t] x -> float[n,8,t] z, float[n,4,t] y", "y = Conv(x, w) z = Identity(x)", w=(4, 8, 1))
