@@ -214,7 +214,10 @@ class _Tracer:
     def _same(self, one: Axis, two: Axis) -> bool:
         if one.labels is None or two.labels is None:
             return False
-        return np.array_equal(self.atoms.resolve(one.labels, frozen=True), self.atoms.resolve(two.labels, frozen=True))
+        if np.array_equal(self.atoms.resolve(one.labels, frozen=True), self.atoms.resolve(two.labels, frozen=True)):
+            return True
+        free, other = self.atoms.resolve(one.labels), self.atoms.resolve(two.labels)  # a factor that stays whole need not be one atom
+        return bool(free.shape[1]) and np.array_equal(free, other)
 
     # ------------------------------------------------------------------ values
 

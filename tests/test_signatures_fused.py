@@ -230,3 +230,33 @@ def test_heads_that_do_not_share_evenly_stay() -> None:
     attribute = next(a for a in mine.model.graph.node[0].attribute if a.name == "kv_num_heads")
     attribute.i = 4
     assert "no multiple of the heads of its keys" in examine(mine, engines=()).signature
+
+
+CACHED = """e = Gather(table, ids) axis = Constant<value_ints=[1]>() all64 = ReduceSum<keepdims=0>(mask, axis) last64 = Sub(all64, axis)
+  last = Cast<to=6>(last64) sizes = Shape(mask) one = Constant<value_int=1>() total64 = Gather<axis=0>(sizes, one)
+  total = Cast<to=6>(total64)
+  n1 = SimplifiedLayerNormalization<axis=-1>(e, g1) q = MatMul(n1, wq) k = MatMul(n1, wk) v = MatMul(n1, wv)
+  a, present_k, present_v = com.microsoft.GroupQueryAttention<num_heads=8, kv_num_heads=4, do_rotary=1>(
+    q, k, v, past_k, past_v, last, total, cos, sin)
+  o = MatMul(a, wo) n2, , , r = com.microsoft.SkipSimplifiedLayerNormalization(e, o, g2)
+  u = MatMul(n2, w1) z = com.microsoft.QuickGelu<alpha=1.0>(u) d = MatMul(z, w2)
+  n3 = com.microsoft.SkipSimplifiedLayerNormalization(r, d, g3) logits = MatMul(n3, wh)"""
+PAST = "float[batch,4,past,32]"
+
+
+@pytest.mark.parametrize(("kind", "size", "cache"), [("key-value", 4, (2, 32)), ("query", 2, (4, 32)), ("head-width", 16, (4, 16)),
+                                                     ("residual", 64, (4, 32)), ("neuron", 128, (4, 32))])
+def test_a_decoder_as_it_is_deployed(kind: str, size: int, cache: tuple[int, int]) -> None:
+    """Rotation and cache inside the attention, lengths from the mask: every unit goes, and past and present shrink alike."""
+    values = f"int64[batch,new] ids, int64[batch,total] mask, {PAST} past_k, {PAST} past_v -> float[batch,new,50] logits, "
+    values += "float[batch,4,total,32] present_k, float[batch,4,total,32] present_v"
+    ones = np.ones(64, F)
+    model = net(values, CACHED, table=(50, 64), g1=ones, g2=ones, g3=ones, wq=(64, 256), wk=(64, 128), wv=(64, 128), wo=(256, 64),
+                cos=(64, 16), sin=(64, 16), w1=(64, 128), w2=(128, 64), wh=(64, 50))  # fmt: skip
+    groups = spa.analyze(model).groups
+    name = next(g.name for g in groups.free() if (g.kind, g.size) == (kind, size))
+    result = spa.prune(model, 0.5, multiple_of=1, include=[f"/^{name}$/"])
+    assert result.check is not None
+    assert len(result.plan.groups[name]["kept"]) == size // 2
+    held = [t for t in (*result.model.graph.inputs, *result.model.graph.outputs) if "_" in t.name]
+    assert [(t.shape[1], t.shape[3]) for t in held] == [cache] * 4

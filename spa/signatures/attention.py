@@ -285,7 +285,7 @@ def group_query_attention(node: NodeView) -> Signature | Refusal:
     text = flat if packed else f"b t (kv g {width}), b s (kv {width}), b s (kv {width})"
     new = query[1] if packed else (node.inputs[1] or (0, 0))[1]
     kinds = {**TIMES, "m": FIXED, "d": SUM, "r": SUM, "two": FIXED}
-    causes = {**LENGTHS, "m": "has one row for each position in time"}
+    causes = {**LENGTHS, "m": "has one row for each position in time", "two": "is a pair that is turned"}
     norms = "d" if not turned else "-"
     widths: list[Sequence[str | int]] = [(4, "r")] if turned else []  # pairs, of keys and of values
     widths += [(2, "d")] if depth > 2 * turned else []
