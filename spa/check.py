@@ -60,7 +60,7 @@ def session(
     options = ort.SessionOptions()
     if lean and model.nbytes >= IN_MEMORY:
         options.add_session_config_entry("session.disable_prepacking", "1")  # else each weight is held twice
-        options.enable_cpu_mem_arena = False
+    options.enable_cpu_mem_arena = not lean  # a result that is kept would keep all that was allocated with it
     options.log_severity_level = 4
     if profile:
         options.enable_profiling, options.profile_file_prefix = True, profile

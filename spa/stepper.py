@@ -73,7 +73,7 @@ def tapped(model: Model, graph: gs.Graph, inputs: Sequence[str], outputs: Sequen
         import_domains=graph.import_domains,
     )  # fmt: skip
     part.ir_version = graph.ir_version
-    size = sum(c.nbytes for c in fresh.values() if isinstance(c, gs.Constant) and hasattr(c, "nbytes"))
+    size = sum(getattr(c._values, "nbytes", 0) for c in fresh.values() if isinstance(c, gs.Constant))
     return replace(with_graph(model, part), header=header, nbytes=int(size))
 
 
@@ -94,7 +94,7 @@ class Stepper:
     limit
         Bytes of values that are held in memory; by default `LIMIT`, or this process's share if that is less.
     lean
-        Whether sessions save memory at the cost of speed.
+        Whether sessions save memory at the cost of speed; they don't optimise then, as folded constants are copies.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class Stepper:
         made = [t.name for n in reversed(done) for t in n.outputs if t.name]
         outputs = list(dict.fromkeys([*missing, *(n for n in made if n in later)]))
         part = tapped(self.model, self.model.graph, sorted(there), outputs, self.types)
-        opened = session(part, threads=self.threads, lean=self.lean)
+        opened = session(part, threads=self.threads, lean=self.lean, optimize=not self.lean)
         inputs = [i.name for i in opened.get_inputs()]
         for held in self._held:
             try:
@@ -150,6 +150,7 @@ class Stepper:
                 raise UnsupportedModel(f"ONNX Runtime does not run the model on the data: {words}") from error
             for name, value in zip(outputs, results, strict=True):
                 held[name] = self._spill.keep(value)
+            del results
         self._left = rest
 
     def _forget(self) -> None:

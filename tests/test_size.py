@@ -17,7 +17,7 @@ from spa.spill import Spill
 from tools.bench_size import measured
 
 FORTY = LlamaConfig(1, 1024, 8, 2, 2816, 4000, float16=True)  # MB
-FIVE_HUNDRED = LlamaConfig(8, 1536, 12, 4, 4096, 28000, float16=True, cache=True)
+FIVE_HUNDRED = LlamaConfig(7, 1536, 12, 4, 4096, 26000, float16=True, cache=True)
 
 
 def _file(model: Path) -> int:
@@ -45,7 +45,7 @@ def test_weights_stay_in_their_file(tmp_path: Path) -> None:
 ])  # fmt: skip
 def test_half_a_gigabyte(tmp_path: Path, command: list[str], share: float) -> None:
     large, tiny = write_llama(FIVE_HUNDRED, tmp_path / "large"), write_llama(LlamaConfig(8, float16=True, cache=True), tmp_path / "tiny")
-    assert 480e6 < _file(large) < 560e6
+    assert 460e6 < _file(large) < 540e6
     resident = []
     for model in (large, tiny):
         written = [] if command[0] == "inspect" else ["-o", str(tmp_path / f"{model.parent.name}.onnx")]
