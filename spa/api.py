@@ -31,7 +31,7 @@ from spa.exact import NO_RANKS, Ranks
 from spa.exact.rewriting import prove_same, with_bases
 from spa.feeds import Feeds
 from spa.files import Pieces
-from spa.groups import Groups
+from spa.groups import why_nothing
 from spa.plan import Plan, load_plan, make_plan, mask_of
 from spa.planner import Planner
 from spa.protect import parsed
@@ -246,18 +246,6 @@ def check_limits(budget: Budget, ratio: float | None, scope: str | None) -> None
         raise BadOption("--ratio says how many channels go, --target and --max-drop what is left: give one of them.")
     if budget.asks and scope is not None:
         raise BadOption("--scope spreads a ratio; with --target and --max-drop, --allocation says how widths are found.")
-
-
-def why_nothing(groups: Groups, notes: Mapping[str, str]) -> str:
-    """One sentence on why nothing was removed."""
-    free = groups.free()
-    if free:
-        some = next(iter(notes.items()), None)
-        return "Nothing to prune: " + (f"{some[0]} {some[1]}." if some else "the options leave no channel to remove.")
-    frozen = sorted((g for g in groups.groups if g.frozen), key=lambda g: -g.parameters * g.size)
-    if not frozen:
-        return "Nothing to prune: the model has no weights."
-    return f"Nothing to prune: all {len(frozen)} groups are frozen, the most costly one because {frozen[0].frozen}."
 
 
 @collector_paused()

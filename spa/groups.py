@@ -281,3 +281,15 @@ def _named(traced: Traced, groups: tuple[Group, ...]) -> tuple[Group, ...]:
         name = name if used[name] == 1 else f"{name}#{used[name]}"
         named.append(replace(group, name=name))
     return tuple(named)
+
+
+def why_nothing(groups: Groups, notes: Mapping[str, str]) -> str:
+    """One sentence on why nothing was removed."""
+    free = groups.free()
+    if free:
+        some = next(iter(notes.items()), None)
+        return "Nothing to prune: " + (f"{some[0]} {some[1]}." if some else "the options leave no channel to remove.")
+    frozen = sorted((g for g in groups.groups if g.frozen), key=lambda g: -g.parameters * g.size)
+    if not frozen:
+        return "Nothing to prune: the model has no weights."
+    return f"Nothing to prune: all {len(frozen)} groups are frozen, the most costly one because {frozen[0].frozen}."

@@ -10,6 +10,8 @@ from test_trace import ints, net
 
 import spa
 from spa.errors import BadOption, NothingToPrune
+from spa.exact.flow import Flow, Obstacle
+from spa.exact.products import products, scores_of
 
 
 def rotary() -> onnx.ModelProto:
@@ -55,6 +57,32 @@ def test_sink_logits_hold_both_biases() -> None:
         "value bias": "it does not sum over whole rows of Softmax p (MatMul o)",
     }
     assert equal(model, result.model) < 1e-5
+
+
+def test_shares_that_are_counted_twice_hold_the_value_bias() -> None:
+    model = mixed(after=" u = Gather<axis=3>(p, twice)", twice=ints(0, 0, 1, 2, 3, 4))
+    assert "does not sum over whole rows of Softmax p (MatMul o)" in why(model, fold_value_bias=True)
+
+
+def test_products_over_positions_are_no_scores() -> None:
+    """Attention without a softmax, keys with values first: Σ_n k_n v_nᵀ sums over positions, q times that over mixed channels."""
+    model = separate(" c = MatMul(k, v) s = Mul(c, half) o = MatMul(q, s)")
+    flow = Flow(spa.analyze(model).groups)
+    first, second = products(flow)
+    with pytest.raises(Obstacle, match=r"it takes positions together, not channels alone \(MatMul c\)"):
+        scores_of(flow, first)
+    with pytest.raises(Obstacle, match=r"rotary embeddings and norms do \(MatMul c\)"):
+        scores_of(flow, second)
+    assert "Nothing to rewrite" in why(model, singular_basis=True)
+
+
+def test_heads_that_are_summed_have_no_basis_of_their_own() -> None:
+    body = 'q = Einsum<equation="bsc,chd->bhsd">(x, wq) k = Einsum<equation="bsc,chd->bhds">(x, wk) v = Einsum<equation="bsc,chd->bhsd">'
+    body += '(x, wv) s = MatMul(q, k) p = Softmax<axis=-1>(s) o = Einsum<equation="bhst,bhtd->bsd">(p, v) y = MatMul(o, wo)'
+    model = net("float[2,6,12] x -> float[2,6,12] y", body, wq=(12, 3, 4), wk=(12, 3, 4), wv=(12, 3, 4), wo=(4, 12))
+    result = spa.rewritten(model, singular_basis=True)
+    assert [(s.rewrite, s.why) for s in result.steps] == [
+        ("QK basis", ""), ("VO basis", "it sums over values of several heads (Einsum o)")]  # fmt: skip
 
 
 def test_rows_that_become_zero_hold_the_value_bias() -> None:

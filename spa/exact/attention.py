@@ -11,7 +11,7 @@ A head that is in its basis already stays as it is, so that each rewrite is idem
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,7 +27,6 @@ from spa.offsets import Missing, Offset
 from spa.trace import node_name
 
 Array = NDArray[np.float64]
-Moments = Callable[[Layer], Array | None]  # (columns + 1, columns + 1) second moments of a layer's inputs and a one
 ENOUGH = 64  # spacings of the type: what counts as being in the basis
 
 
@@ -155,17 +154,14 @@ def fold_value_bias(found: Found, values: Values, weights: Weights) -> int:
 class _Rows:
     """A layer's outputs with their bias: [W b], changed head by head."""
 
-    def __init__(self, source: Source, weights: Weights, moments: Moments) -> None:
+    def __init__(self, source: Source, weights: Weights) -> None:
         self.source, self.weights = source, weights
         matrix, bias = weights.matrix(source.layer), weights.bias(source)
         self.rows = matrix if bias is None else np.concatenate([matrix, bias[:, None]], axis=1)
-        spread = moments(source.layer)
-        self.root = None if spread is None else _root(spread[: self.rows.shape[1], : self.rows.shape[1]])
 
     def head(self, channels: NDArray[np.int64]) -> Array:
-        """(columns, d) a head's weights, as data weigh them."""
-        found = self.rows[channels]
-        return (found if self.root is None else found @ self.root).T
+        """(columns, d) a head's weights."""
+        return np.asarray(self.rows[channels].T)
 
     def turn(self, channels: NDArray[np.int64], basis: Array) -> None:
         """Puts a head into another basis."""
@@ -179,21 +175,15 @@ class _Rows:
             self.weights.put_bias(self.source, self.rows[:, columns])
 
 
-def _root(moments: Array) -> Array:
-    """L with L Lᵀ the moments, with a ridge that keeps it regular: a direction that the data never take still counts a little."""
-    ridge = 1e-6 * float(np.diagonal(moments).mean())
-    return np.asarray(np.linalg.cholesky(moments + max(ridge, 1e-300) * np.eye(len(moments))))
-
-
 def _precision(weights: Weights, *layers: Layer) -> float:
     return ENOUGH * max(weights.precision(x.place.name) for x in layers)
 
 
-def turn_scores(scores: Scores, weights: Weights, moments: Moments = lambda _: None) -> int:
+def turn_scores(scores: Scores, weights: Weights) -> int:
     """Puts queries and keys into their singular basis, heads that meet together; returns how many heads changed."""
-    left = _Rows(scores.left.source, weights, moments)
+    left = _Rows(scores.left.source, weights)
     same = scores.right.source.layer is scores.left.source.layer
-    right = left if same else _Rows(scores.right.source, weights, moments)
+    right = left if same else _Rows(scores.right.source, weights)
     precision = _precision(weights, scores.left.source.layer, scores.right.source.layer)
     turned = 0
     for ones, others in scores.parts:
@@ -214,10 +204,10 @@ def turn_scores(scores: Scores, weights: Weights, moments: Moments = lambda _: N
     return turned
 
 
-def turn_values(values: Values, weights: Weights, moments: Moments = lambda _: None) -> int:
+def turn_values(values: Values, weights: Weights) -> int:
     """Puts values and the columns that read them into their singular basis; returns how many heads changed."""
     side: Side = values.side
-    rows = _Rows(side.source, weights, moments)
+    rows = _Rows(side.source, weights)
     matrices = [weights.matrix(r.layer) for r in values.readers]
     precision = _precision(weights, side.source.layer, *(r.layer for r in values.readers))
     turned = 0

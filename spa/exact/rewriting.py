@@ -17,7 +17,7 @@ from spa.analysis import Analysis, Source, analyze
 from spa.check import Check
 from spa.errors import BadOption, CheckFailed, NothingToPrune
 from spa.exact import attention
-from spa.exact.attention import Moments, Step
+from spa.exact.attention import Step
 from spa.exact.experts import branch_of, find_mlps
 from spa.exact.flow import Flow, Obstacle
 from spa.exact.flow import Source as Made
@@ -119,16 +119,16 @@ def rewritten(
 
 
 def carry_out(
-    analysis: Analysis, wanted: Rewrites, *, moments: Moments = lambda _: None, stage: Stage = quiet
+    analysis: Analysis, wanted: Rewrites, *, stage: Stage = quiet
 ) -> tuple[Model, list[Step]]:  # fmt: skip
-    """The rewritten model and the steps, without a proof. moments: of a layer's inputs, where data choose the bases."""
+    """The rewritten model and the steps, without a proof."""
     steps: list[Step] = []
     model = analysis.normal.model
     if wanted.key_bias or wanted.value_bias or wanted.qk_basis or wanted.vo_basis:
         with stage("rewriting attention"):
             if wanted.value_bias:
                 analysis = _with_room(analysis)
-            model, steps = _attention(analysis, wanted, moments)
+            model, steps = _attention(analysis, wanted)
     if wanted.experts is not None:
         with stage("splitting MLPs"):
             again = analyze(model, **analysis.options) if steps else analysis
@@ -159,7 +159,7 @@ def _with_room(analysis: Analysis) -> Analysis:
     return analyze(with_graph(analysis.edited, graph), **analysis.options)
 
 
-def _attention(analysis: Analysis, wanted: Rewrites, moments: Moments) -> tuple[Model, list[Step]]:
+def _attention(analysis: Analysis, wanted: Rewrites) -> tuple[Model, list[Step]]:
     found = attention.find(Flow(analysis.groups))
     weights = Weights(dict(analysis.groups.traced.constants))
     steps: list[Step] = []
@@ -178,14 +178,14 @@ def _attention(analysis: Analysis, wanted: Rewrites, moments: Moments) -> tuple[
             attempt(KEY_BIAS, place, lambda s=scores: attention.drop_key_bias(found, s, weights))
             zeroed += [scores.left.source, scores.right.source]
         if wanted.qk_basis:
-            attempt(QK_BASIS, place, lambda s=scores: attention.turn_scores(s, weights, moments))
+            attempt(QK_BASIS, place, lambda s=scores: attention.turn_scores(s, weights))
     for values in found.values:
         place = attention.place_of(values.product)
         if wanted.value_bias:
             attempt(VALUE_BIAS, place, lambda v=values: attention.fold_value_bias(found, v, weights))
             zeroed.append(values.side.source)
         if wanted.vo_basis:
-            attempt(VO_BASIS, place, lambda v=values: attention.turn_values(v, weights, moments))
+            attempt(VO_BASIS, place, lambda v=values: attention.turn_values(v, weights))
     for (kind, place), why in found.left.items():
         asked = {"qk": [(wanted.key_bias, KEY_BIAS), (wanted.qk_basis, QK_BASIS)],
                  "vo": [(wanted.value_bias, VALUE_BIAS), (wanted.vo_basis, VO_BASIS)]}[kind]  # fmt: skip
