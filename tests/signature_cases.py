@@ -139,11 +139,11 @@ def with_initializers(case: Case, *, whole_numbers: bool = True) -> tuple[ModelP
 
 
 def trace_case(model: Model) -> tuple[Model, Groups]:
-    """Groups of a model whose outputs may shrink; one of several nodes is normalised first, as everywhere."""
+    """Groups of a model whose outputs may shrink, and whose inputs may not; one of several nodes is normalised first, as everywhere."""
     if len(model.graph.nodes) == 1:
-        return model, find_groups(trace(model.graph, infer(model.graph), protect_outputs=False))
+        return model, find_groups(trace(model.graph, infer(model.graph), protect_outputs=False, keep_state=True))
     normal = normalize(model)
-    return normal.model, find_groups(trace(normal.model.graph, normal.facts, protect_outputs=False))
+    return normal.model, find_groups(trace(normal.model.graph, normal.facts, protect_outputs=False, keep_state=True))
 
 
 def shrinkable(groups: Groups) -> list[slice]:
