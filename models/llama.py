@@ -15,131 +15,20 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, helper
 
-_BLOCK = 2_097_143  # a prime, so that rows of no length repeat
+from models.llama_parts import Builder, LlamaConfig, RandomWeight
+
 _PAGE = 4096
 _INLINE = 1024  # bytes; smaller tensors stay in the model file
 _CONTRIB = "com.microsoft"
 _NO_ATTENTION = -1e4  # far below any logit, within float16
-
-
-@dataclass(frozen=True)
-class LlamaConfig:
-    """Sizes, and how the graph is written.
-
-    layers, hidden, heads, kv_heads, mlp, vocab: as in a ``config.json``. head: width of a head, ``hidden // heads`` if None. cache: past
-    keys and values go in, present ones come out. float16: weights and arithmetic, norms in float32. fused: contrib operators; always with
-    cache. context: longest sequence of the fused rotary tables.
-    """
-
-    layers: int = 2
-    hidden: int = 64
-    heads: int = 4
-    kv_heads: int = 2
-    mlp: int = 176
-    vocab: int = 256
-    head: int | None = None
-    cache: bool = False
-    float16: bool = False
-    fused: bool = False
-    context: int = 4096
-
-    def __post_init__(self) -> None:
-        if self.heads % self.kv_heads:
-            raise ValueError(f"{self.heads} heads cannot share {self.kv_heads} key-value heads evenly")
-        if self.width % 2:
-            raise ValueError(f"rotary embedding needs heads of even width, not {self.width}")
-
-    @property
-    def width(self) -> int:
-        """Width of a head."""
-        return self.head or self.hidden // self.heads
-
-    @property
-    def type(self) -> int:
-        """Of weights and activations, a ``TensorProto.DataType``."""
-        return int(TensorProto.FLOAT16 if self.float16 else TensorProto.FLOAT)
-
-
-@dataclass(frozen=True)
-class _Weight:
-    """A random tensor: mean + standard normal / sqrt(fan)."""
-
-    name: str
-    shape: tuple[int, ...]
-    fan: float
-    mean: float = 0.0
-
-    @property
-    def count(self) -> int:
-        return math.prod(self.shape)
-
-    def pieces(self, config: LlamaConfig, seed: int) -> Iterator[NDArray[Any]]:
-        """The values, flat, in pieces of bounded size."""
-        block = _values(self.fan, self.mean, config.float16, seed)
-        at, left = zlib.crc32(self.name.encode()) % _BLOCK, self.count
-        while left:
-            piece = block[at : at + left]
-            yield piece
-            at, left = 0, left - len(piece)
-
-
-@lru_cache(maxsize=8)
-def _values(fan: float, mean: float, half: bool, seed: int) -> NDArray[Any]:
-    drawn = np.random.default_rng(seed).standard_normal(_BLOCK, dtype=np.float32)
-    return (drawn / np.float32(math.sqrt(fan)) + np.float32(mean)).astype(np.float16 if half else np.float32)
-
-
-@dataclass
-class _Builder:
-    """Collects nodes, small constants and random weights; methods add a node and give the name of its output."""
-
-    config: LlamaConfig
-    nodes: list[NodeProto] = field(default_factory=list)
-    constants: dict[str, TensorProto] = field(default_factory=dict)
-    weights: list[_Weight] = field(default_factory=list)
-    inputs: list[ValueInfoProto] = field(default_factory=list)
-    outputs: list[ValueInfoProto] = field(default_factory=list)
-
-    def node(
-        self, op: str, inputs: Sequence[str], name: str, *, outputs: Sequence[str] | None = None, domain: str = "", **attributes: Any
-    ) -> str:
-        made = list(outputs or [f"{name}_output"])
-        self.nodes.append(helper.make_node(op, list(inputs), made, name, domain=domain, **attributes))
-        return made[0]
-
-    def weight(self, name: str, *shape: int, fan: float, mean: float = 0.0) -> str:
-        self.weights.append(_Weight(name, shape, fan, mean))
-        return name
-
-    def ints(self, *values: int) -> str:
-        return self.table(f"ints_{'_'.join(map(str, values))}", np.array(values, np.int64))
-
-    def scalar(self, value: float, kind: int | None = None) -> str:
-        dtype = helper.tensor_dtype_to_np_dtype(self.config.type if kind is None else kind)
-        return self.table(f"scalar_{value}_{dtype}", np.array(value, dtype))
-
-    def table(self, name: str, values: NDArray[Any]) -> str:
-        self.constants.setdefault(name, numpy_helper.from_array(values, name))
-        return name
-
-    def size(self, value: str, axis: int, name: str) -> str:
-        """(1,) the size of an axis at run time."""
-        return self.node("Shape", [value], name, start=axis, end=axis + 1)
-
-    def tensor(self, name: str, kind: int, shape: Sequence[int | str]) -> ValueInfoProto:
-        return helper.make_tensor_value_info(name, kind, shape)
 
 
 def llama_graph(config: LlamaConfig | None = None, *, seed: int = 0) -> ModelProto:
@@ -186,11 +75,11 @@ def parameters(config: LlamaConfig) -> int:
     return sum(weight.count for weight in _built(config).weights)
 
 
-def _proto(weight: _Weight, config: LlamaConfig, **fields: Any) -> TensorProto:
+def _proto(weight: RandomWeight, config: LlamaConfig, **fields: Any) -> TensorProto:
     return TensorProto(name=weight.name, dims=weight.shape, data_type=config.type, **fields)
 
 
-def _model(built: _Builder, tensors: Sequence[TensorProto]) -> ModelProto:
+def _model(built: Builder, tensors: Sequence[TensorProto]) -> ModelProto:
     graph = helper.make_graph(built.nodes, "llama", built.inputs, built.outputs, tensors)
     domains = [helper.make_opsetid("", 20)] + ([helper.make_opsetid(_CONTRIB, 1)] if built.config.fused else [])
     return helper.make_model(graph, opset_imports=domains, ir_version=9, producer_name="models.llama")
@@ -199,8 +88,8 @@ def _model(built: _Builder, tensors: Sequence[TensorProto]) -> ModelProto:
 # ---------------------------------------------------------------------- the graph
 
 
-def _built(config: LlamaConfig) -> _Builder:
-    b = _Builder(config)
+def _built(config: LlamaConfig) -> Builder:
+    b = Builder(config)
     b.inputs += [b.tensor("input_ids", TensorProto.INT64, ["batch", "sequence"])]
     b.inputs += [b.tensor("attention_mask", TensorProto.INT64, ["batch", "total_sequence" if _cached(config) else "sequence"])]
     b.weight("model.embed_tokens.weight", config.vocab, config.hidden, fan=1)
@@ -219,7 +108,7 @@ def _cached(config: LlamaConfig) -> bool:
     return config.cache or config.fused
 
 
-def _layer(b: _Builder, at: str, number: int, stream: str, previous: str, around: dict[str, str]) -> tuple[str, str]:
+def _layer(b: Builder, at: str, number: int, stream: str, previous: str, around: dict[str, str]) -> tuple[str, str]:
     """(residual stream, what is still to be added to it): the fused norms add, the others find all added."""
     normed, stream = _norm(b, f"{at}.input_layernorm", stream, previous)
     attended = (_fused_attention if b.config.fused else _attention)(b, at, number, normed, around)
@@ -236,11 +125,11 @@ def _layer(b: _Builder, at: str, number: int, stream: str, previous: str, around
     return b.node("Add", [stream, down], f"{at}.add_mlp"), ""
 
 
-def _linear(b: _Builder, name: str, value: str, rows: int, columns: int) -> str:
+def _linear(b: Builder, name: str, value: str, rows: int, columns: int) -> str:
     return b.node("MatMul", [value, b.weight(f"{name}.weight", rows, columns, fan=rows)], name)
 
 
-def _norm(b: _Builder, name: str, stream: str, added: str) -> tuple[str, str]:
+def _norm(b: Builder, name: str, stream: str, added: str) -> tuple[str, str]:
     """(normed, residual stream)."""
     scale = b.weight(f"{name}.weight", b.config.hidden, fan=100, mean=1)
     if b.config.fused:
@@ -263,7 +152,7 @@ def _norm(b: _Builder, name: str, stream: str, added: str) -> tuple[str, str]:
 # ---------------------------------------------------------------------- attention, decomposed
 
 
-def _positions(b: _Builder) -> dict[str, str]:
+def _positions(b: Builder) -> dict[str, str]:
     """What all layers share: sizes, cosines and sines (1, 1, sequence, width), the additive mask (batch, 1, sequence, total)."""
     config, single = b.config, int(TensorProto.FLOAT)
     batch, sequence = b.size("input_ids", 0, "batch"), b.size("input_ids", 1, "sequence")
@@ -293,7 +182,7 @@ def _positions(b: _Builder) -> dict[str, str]:
     return found
 
 
-def _cache_inputs(b: _Builder) -> str:
+def _cache_inputs(b: Builder) -> str:
     """Declares past keys and values; gives their length (1,), '' without a cache."""
     if not _cached(b.config):
         return ""
@@ -304,13 +193,13 @@ def _cache_inputs(b: _Builder) -> str:
     return "" if b.config.fused else b.size("past_key_values.0.key", 2, "past")
 
 
-def _present(b: _Builder, number: int, part: str) -> str:
+def _present(b: Builder, number: int, part: str) -> str:
     name = f"present.{number}.{part}"
     b.outputs.append(b.tensor(name, b.config.type, ["batch", b.config.kv_heads, "total_sequence", b.config.width]))
     return name
 
 
-def _attention(b: _Builder, at: str, number: int, normed: str, around: dict[str, str]) -> str:
+def _attention(b: Builder, at: str, number: int, normed: str, around: dict[str, str]) -> str:
     config, at = b.config, f"{at}.self_attn"
     query = _rotated(b, f"{at}.q", _heads(b, f"{at}.q_proj", normed, config.heads, around), around)
     key = _rotated(b, f"{at}.k", _heads(b, f"{at}.k_proj", normed, config.kv_heads, around), around)
@@ -328,14 +217,14 @@ def _attention(b: _Builder, at: str, number: int, normed: str, around: dict[str,
     return _linear(b, f"{at}.o_proj", joined, config.heads * config.width, config.hidden)
 
 
-def _heads(b: _Builder, name: str, normed: str, heads: int, around: dict[str, str]) -> str:
+def _heads(b: Builder, name: str, normed: str, heads: int, around: dict[str, str]) -> str:
     """(batch, heads, sequence, width)."""
     flat = _linear(b, name, normed, b.config.hidden, heads * b.config.width)
     target = b.node("Concat", [around["batch"], around["sequence"], b.ints(-1), b.ints(b.config.width)], f"{name}.shape", axis=0)
     return b.node("Transpose", [b.node("Reshape", [flat, target], f"{name}.reshape")], f"{name}.transpose", perm=[0, 2, 1, 3])
 
 
-def _rotated(b: _Builder, name: str, value: str, around: dict[str, str]) -> str:
+def _rotated(b: Builder, name: str, value: str, around: dict[str, str]) -> str:
     half = b.config.width // 2
     left = b.node("Slice", [value, b.ints(0), b.ints(half), b.ints(3), b.ints(1)], f"{name}.left")
     right = b.node("Slice", [value, b.ints(half), b.ints(2**63 - 1), b.ints(3), b.ints(1)], f"{name}.right")
@@ -344,7 +233,7 @@ def _rotated(b: _Builder, name: str, value: str, around: dict[str, str]) -> str:
     return b.node("Add", [straight, b.node("Mul", [turned, around["sin"]], f"{name}.across")], f"{name}.rotated")
 
 
-def _repeated(b: _Builder, name: str, value: str, around: dict[str, str]) -> str:
+def _repeated(b: Builder, name: str, value: str, around: dict[str, str]) -> str:
     """Each key-value head as often as query heads share it."""
     config = b.config
     shared = config.heads // config.kv_heads
@@ -361,7 +250,7 @@ def _repeated(b: _Builder, name: str, value: str, around: dict[str, str]) -> str
 # ---------------------------------------------------------------------- attention, fused
 
 
-def _fused_lengths(b: _Builder) -> dict[str, str]:
+def _fused_lengths(b: Builder) -> dict[str, str]:
     """Lengths for GroupQueryAttention, and rotary tables (context, width / 2)."""
     config, whole = b.config, int(TensorProto.INT32)
     _cache_inputs(b)
@@ -375,7 +264,7 @@ def _fused_lengths(b: _Builder) -> dict[str, str]:
     return {"lengths": lengths, "total": total, **tables}
 
 
-def _fused_attention(b: _Builder, at: str, number: int, normed: str, around: dict[str, str]) -> str:
+def _fused_attention(b: Builder, at: str, number: int, normed: str, around: dict[str, str]) -> str:
     config, at = b.config, f"{at}.self_attn"
     query = _linear(b, f"{at}.q_proj", normed, config.hidden, config.heads * config.width)
     key = _linear(b, f"{at}.k_proj", normed, config.hidden, config.kv_heads * config.width)
