@@ -29,6 +29,7 @@ from spa.sublayers import ATTENTION, BRANCH, MLP, NEST, SubLayer, SubLayers, sub
 
 Array = NDArray[np.float64]
 BLOCK, ANY = "block", "any"
+PARTS = 16  # that a network is cut into for a greedy search
 CHOICES = (ANY, ATTENTION, MLP, BRANCH, BLOCK)
 
 
@@ -89,9 +90,13 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Dropped:
-    """What goes. scores: candidate -> importance, as the method saw it when it dropped the candidate, or at the end."""
+    """What goes. scores: candidate -> importance, as the method saw it when it dropped the candidate, or at the end.
+
+    layers: in order of the graph. order: names of the candidates, in the order in which they went.
+    """
 
     layers: tuple[SubLayer, ...]
+    order: tuple[str, ...]
     scores: Mapping[str, float]
     edits: tuple[Edit, ...]
     depth: Depth
@@ -101,7 +106,7 @@ class Dropped:
         """As a plan holds it."""
         gone = [{"name": s.name, "kind": s.kind, "block": s.block, "parameters": s.parameters, "macs": s.macs} for s in self.layers]
         asked = {"drop": self.depth.drop, "method": self.depth.method, "kind": self.depth.kind, "spare": self.depth.spare}
-        return {**asked, "dropped": gone, "scores": dict(self.scores)}
+        return {**asked, "dropped": gone, "order": list(self.order), "scores": dict(self.scores)}
 
 
 @dataclass(frozen=True)
@@ -159,7 +164,7 @@ def choose_layers(analysis: Analysis, depth: Depth, evidence: Evidence | None, *
     with stage("choosing layers"):
         chosen, scores, edits = METHODS[depth.method](search)
     layers = tuple(s for s in found.layers if any(s in c.layers for c in chosen))
-    return Dropped(layers, scores, (*edits, found.edit(layers)), depth)
+    return Dropped(layers, tuple(c.name for c in chosen), scores, (*edits, found.edit(layers)), depth)
 
 
 def _named(found: SubLayers, depth: Depth) -> Dropped:
@@ -169,7 +174,7 @@ def _named(found: SubLayers, depth: Depth) -> Dropped:
             names = [s.name for s in found.layers]
             raise BadOption(f"--drop-layers: there is no layer {pattern!r}{near(pattern, names)}; `spa inspect --layers` lists them.")
     layers = tuple(s for s in found.layers if matches(patterns, [s.name, s.branch]))
-    return Dropped(layers, {}, (found.edit(layers),), depth)
+    return Dropped(layers, tuple(s.name for s in layers), {}, (found.edit(layers),), depth)
 
 
 def without_layers(
@@ -215,19 +220,18 @@ def finercut(search: Search) -> tuple[list[Candidate], dict[str, float], tuple[E
     l* = argmin_l D(f(x), f_{−(S ∪ l)}(x)), S ← S ∪ {l*}, with D the Jensen–Shannon divergence of the predicted distributions.
     """
     inputs = search.inputs()
-    units = _units(search.candidates)
     distance = DISTANCES[search.depth.distance]
-    network = Gated(search.analysis.normal.model, search.analysis.groups.traced, units)
+    network = _network(search)
     output = network.outputs[0]
     dense = [class_rows(network.run(b)[output].astype(np.float32)) for b in inputs]
     weights = [len(d) for d in dense]
     measures = [distance(d) for d in dense]
 
-    def cost(closed: Sequence[str]) -> float:
-        found = [m(class_rows(network.run(b, closed)[output].astype(np.float32))) for m, b in zip(measures, inputs, strict=True)]
+    def cost(outputs: Sequence[Feeds]) -> float:
+        found = [m(class_rows(o[output].astype(np.float32))) for m, o in zip(measures, outputs, strict=True)]
         return float(np.average(found, weights=weights))
 
-    return _greedy(search, cost)
+    return _greedy(search, network, cost)
 
 
 def two_ssp(search: Search) -> tuple[list[Candidate], dict[str, float], tuple[Edit, ...]]:
@@ -236,34 +240,41 @@ def two_ssp(search: Search) -> tuple[list[Candidate], dict[str, float], tuple[Ed
         raise BadOption("--layers 2ssp goes by the loss: name the entry of the data that holds labels with --labels, or take finercut.")
     batch = METRICS["perplexity"].batch
     assert batch is not None
-    network = Gated(search.analysis.normal.model, search.analysis.groups.traced, _units(search.candidates))
+    network, loss = _network(search), batch
     output = network.outputs[0]
-    loss = batch
 
-    def cost(closed: Sequence[str]) -> float:
+    def cost(outputs: Sequence[Feeds]) -> float:
         parts = []
-        for feeds, full in zip(search.inputs(), search.batches, strict=True):
-            found = network.run(feeds, closed)[output].astype(np.float64)
-            parts.append(loss(found, found, full[str(search.labels)]))
+        for found, full in zip(outputs, search.batches, strict=True):
+            logits = found[output].astype(np.float64)
+            parts.append(loss(logits, logits, full[str(search.labels)]))
         return float(sum(p for p, _ in parts) / sum(n for _, n in parts))
 
-    return _greedy(search, cost)
+    return _greedy(search, network, cost)
 
 
-def _units(candidates: Sequence[Candidate]) -> list[Unit]:
-    return [Unit(s.branch, s.branch) for c in candidates for s in c.layers]
+def _network(search: Search) -> Gated:
+    """One gate a branch."""
+    units = [Unit(s.branch, s.branch) for c in search.candidates for s in c.layers]
+    parts = max(1, min(PARTS, len(units) // 2))
+    return Gated(search.analysis.normal.model, search.analysis.groups.traced, units, parts=parts)
 
 
 def _greedy(
-    search: Search, cost: Callable[[Sequence[str]], float]
+    search: Search, network: Gated, cost: Callable[[Sequence[Feeds]], float]
 ) -> tuple[list[Candidate], dict[str, float], tuple[Edit, ...]]:
     """Drops the candidate of the least cost, again and again; a score is the cost of dropping a candidate after those before it."""
     chosen: list[Candidate] = []
     rest = list(search.candidates)
     scores: dict[str, float] = {}
+    inputs = search.inputs()
     for _ in range(search.count):
         closed = [s.branch for c in chosen for s in c.layers]
-        scores.update({c.name: cost([*closed, *(s.branch for s in c.layers)]) for c in rest})
+        for number, feeds in enumerate(inputs):
+            network.settle(number, feeds, closed)
+        for candidate in rest:
+            without = [*closed, *(s.branch for s in candidate.layers)]
+            scores[candidate.name] = cost([network.run(feeds, without, batch=number) for number, feeds in enumerate(inputs)])
         best = min(rest, key=lambda c: scores[c.name])
         chosen.append(best)
         rest.remove(best)

@@ -7,7 +7,8 @@ channel), *swap* (o: what the value is on another batch).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,7 @@ from spa.check import run_session, session
 from spa.errors import BadOption
 from spa.feeds import Feeds
 from spa.rewrite import copy_graph
+from spa.stepper import reads, tapped
 from spa.store import Model, with_graph
 from spa.trace import Traced
 
@@ -37,9 +39,15 @@ class Unit:
 
 
 class Gated:
-    """An instrumented network in a session. All calls take feeds of the network itself; gates are open unless named."""
+    """An instrumented network. All calls take feeds of the network itself; gates are open unless named.
 
-    def __init__(self, model: Model, traced: Traced, units: Sequence[Unit], *, mode: str = "zero", threads: int = 0) -> None:
+    parts: sessions that the network is cut into, behind some of the units. A trial starts with the part that holds the first unit in which
+    it differs from what was settled (`settle`); so with many parts half of the work is saved, and with one part everything is fused.
+    """
+
+    def __init__(
+        self, model: Model, traced: Traced, units: Sequence[Unit], *, mode: str = "zero", parts: int = 1, threads: int = 0
+    ) -> None:
         if mode not in MODES:
             raise BadOption(f"--mode is {mode!r}, but must be one of {', '.join(MODES)}.")
         self.mode = mode
@@ -47,11 +55,15 @@ class Gated:
         self.shapes = {u.value: traced.facts.shapes[u.value] or () for u in units}
         self.axes = {u.value: u.axis for u in units}
         self.types = {v: np.dtype(helper.tensor_dtype_to_np_dtype(traced.facts.types[v])) for v in self.shapes}
-        graph = copy_graph(model.graph)
-        insert_gates(graph, {v: [self._gate(v)] for v in self.shapes})
         self.outputs = [t.name for t in model.graph.outputs]
         self.others: dict[str, NDArray[np.generic]] = {}
-        self.session = session(with_graph(model, graph), threads=threads)
+        self.settled: dict[int, tuple[frozenset[str], list[Feeds]]] = {}
+        graph = copy_graph(model.graph)
+        insert_gates(graph, {v: [self._gate(v)] for v in self.shapes})
+        pieces = _pieces(with_graph(model, graph), _cuts(graph, self.shapes, parts), traced.facts.types)
+        self.parts = [_Part(piece, threads) for piece in pieces]
+        self.handed = {n for p in self.parts for n in p.outputs}
+        self.place = {v: next(i for i, p in enumerate(self.parts) if f"{v}/gate" in p.inputs) for v in self.shapes}
 
     def _gate(self, value: str) -> Gate:
         axis, rank = self.axes[value], len(self.shapes[value])
@@ -59,24 +71,79 @@ class Gated:
         other = f"{value}/other" if self.mode != "zero" else ""
         return Gate(f"{value}/gate", shape, self.types[value], other, tuple(f"{value}.{i}" for i in range(rank)))
 
-    def run(self, feeds: Feeds, closed: Iterable[str] = (), others: Mapping[str, NDArray[np.generic]] | None = None) -> Feeds:
-        """All outputs by name, with some units switched off. others: value -> what stands in for it; by default `self.others`."""
-        gates = {v: np.ones(self._gate(v).shape, self.types[v]) for v in self.shapes}
+    def settle(self, batch: int, feeds: Feeds, closed: Iterable[str] = ()) -> Feeds:
+        """Runs a batch with these units off, and keeps what parts hand on; later runs of the batch begin where they differ."""
+        names = frozenset(closed)
+        between: list[Feeds] = []
+        found = self._run({**feeds, **self._given(names, None)}, 0, between)
+        self.settled[batch] = names, between
+        return found
+
+    def run(
+        self, feeds: Feeds, closed: Iterable[str] = (), others: Mapping[str, NDArray[np.generic]] | None = None, batch: int | None = None
+    ) -> Feeds:
+        """All outputs by name, with some units off. others: value -> what stands in for it, by default `self.others`; batch: as settled."""
+        names = frozenset(closed)
+        given = {**feeds, **self._given(names, others)}
+        if batch is None or others is not None or batch not in self.settled:
+            return self._run(given, 0)
+        before, between = self.settled[batch]
+        first = min((self.place[self.units[n].value] for n in names ^ before), default=len(self.parts) - 1)
+        return self._run({**given, **(between[first - 1] if first else {})}, first)
+
+    def _run(self, values: Feeds, first: int, between: list[Feeds] | None = None) -> Feeds:
+        for part in self.parts[first:]:
+            values = {**values, **part.run(values)}
+            if between is not None:
+                between.append({n: v for n, v in values.items() if n in self.handed})
+        return {name: values[name] for name in self.outputs}
+
+    def _given(self, closed: frozenset[str], others: Mapping[str, NDArray[np.generic]] | None) -> Feeds:
+        """The gates, and what stands in for closed values."""
+        gates: Feeds = {f"{v}/gate": np.ones(self._gate(v).shape, self.types[v]) for v in self.shapes}
         for name in closed:
             unit = self.units[name]
-            if unit.position is None:
-                gates[unit.value][...] = 0
-            else:
-                gates[unit.value][unit.position] = 0
-        given = {**feeds, **{f"{v}/gate": g for v, g in gates.items()}}
-        if self.mode != "zero":
-            stand_in = self.others if others is None else others
-            nothing = {v: np.zeros((1,) * len(s), self.types[v]) for v, s in self.shapes.items()}
-            given |= {f"{v}/other": stand_in.get(v, nothing[v]) for v in self.shapes}
-        found = run_session(self.session, given)
-        return {name: found[name] for name in self.outputs}
+            gates[f"{unit.value}/gate"][... if unit.position is None else unit.position] = 0
+        if self.mode == "zero":
+            return gates
+        stand_in = self.others if others is None else others
+        nothing = {v: np.zeros((1,) * len(s), self.types[v]) for v, s in self.shapes.items()}
+        return {**gates, **{f"{v}/other": stand_in.get(v, nothing[v]) for v in self.shapes}}
 
 
+class _Part:
+    """A session of a part."""
+
+    def __init__(self, model: Model, threads: int) -> None:
+        self.inputs = [t.name for t in model.graph.inputs]
+        self.outputs = [t.name for t in model.graph.outputs]
+        self.session = session(model, threads=threads)
+
+    def run(self, values: Feeds) -> Feeds:
+        return run_session(self.session, values)
+
+
+def _cuts(graph: gs.Graph, values: Iterable[str], parts: int) -> list[int]:
+    """Where parts end, as numbers of nodes: behind gates, evenly among them; the last one at the end."""
+    made = {t.name: i for i, n in enumerate(graph.nodes) for t in n.outputs}
+    places = sorted(made[v] + 1 for v in values)
+    chosen = sorted({places[len(places) * k // parts] for k in range(1, parts)}) if parts > 1 else []
+    return [*(c for c in chosen if c < len(graph.nodes)), len(graph.nodes)]
+
+
+def _pieces(model: Model, cuts: Sequence[int], types: Mapping[str, int]) -> Iterator[Model]:
+    """The parts between cuts, each a model of its own; constants that several read are shared."""
+    if len(cuts) == 1:
+        yield model
+        return
+    graph = model.graph
+    ends = {t.name for t in graph.outputs}
+    for start, stop in itertools.pairwise([0, *cuts]):
+        mine = graph.nodes[start:stop]
+        made = {t.name for n in mine for t in n.outputs if t.name}
+        inputs = dict.fromkeys(name for n in mine for name in reads(n) if name not in made)
+        after = {name for n in graph.nodes[stop:] for name in reads(n)} | ends
+        yield tapped(model, graph, [n for n in inputs if not isinstance(graph.tensors()[n], gs.Constant)], sorted(made & after), types)
 
 
 class Observer:
