@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
+from spa.ablate import Ablation
 from spa.report import Name, count_of, table
 from spa.sublayers import SubLayer
 
@@ -33,3 +34,11 @@ def layer_data(layer: SubLayer) -> dict[str, Any]:
     """A sub-layer as JSON."""
     keys = ("name", "kind", "block", "trunk", "branch", "total", "parameters", "macs", "inputs", "outputs")
     return {k: getattr(layer, k) for k in keys}
+
+
+def ablation(found: Ablation) -> RenderableType:
+    """Units by what is lost without them, most first."""
+    ranked = sorted(found.scores, key=lambda s: -s.drop)
+    rows = [(Name(s.unit), s.kind, str(s.block), f"{s.value:.4g}", f"{s.drop:+.4g}") for s in ranked]
+    title = f"Without each of {count_of(len(rows), 'unit')}, {found.mode}: {found.metric}, {found.dense:.4g} with all"
+    return table(title, ("unit", "kind", ">block", f">{found.metric}", ">lost"), rows)

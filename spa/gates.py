@@ -30,12 +30,12 @@ MODES = ("zero", "mean", "swap")
 
 @dataclass(frozen=True)
 class Unit:
-    """What is switched as one: positions of one axis of a value, or all of it. axis, position: None for all of it."""
+    """What is switched as one: positions of one axis of a value, or all of it (None). Units of one value have the same axis."""
 
     name: str
     value: str
     axis: int | None = None
-    position: int | None = None
+    positions: tuple[int, ...] | None = None
 
 
 class Gated:
@@ -103,7 +103,7 @@ class Gated:
         gates: Feeds = {f"{v}/gate": np.ones(self._gate(v).shape, self.types[v]) for v in self.shapes}
         for name in closed:
             unit = self.units[name]
-            gates[f"{unit.value}/gate"][... if unit.position is None else unit.position] = 0
+            gates[f"{unit.value}/gate"][... if unit.positions is None else list(unit.positions)] = 0
         if self.mode == "zero":
             return gates
         stand_in = self.others if others is None else others
@@ -181,14 +181,15 @@ def rows(value: NDArray[np.generic], axis: int) -> NDArray[np.float64]:
 def means(
     model: Model, traced: Traced, values: Sequence[str], batches: Iterable[Feeds], *, threads: int = 0
 ) -> dict[str, NDArray[np.generic]]:
-    """Mean of each value over batches and all axes but the channels', with axes of size one in their places."""
+    """Mean of each value over batches and all axes that weights do not make, of which one position is left."""
     opened = Observer(model, values, threads)
     sums: dict[str, NDArray[np.float64]] = {}
     counts: dict[str, int] = {}
     kinds: dict[str, np.dtype[np.generic]] = {}
     for feeds in batches:
         for name, value in opened.run(feeds).items():
-            axes = tuple(a for a in range(value.ndim) if a != channel_axis(traced, name))
+            made = {a for a, x in enumerate(traced.axes.get(name) or ()) if x.labels is not None} or {channel_axis(traced, name)}
+            axes = tuple(a for a in range(value.ndim) if a not in made)
             sums[name] = sums.get(name, 0.0) + value.sum(axis=axes, keepdims=True, dtype=np.float64)
             counts[name] = counts.get(name, 0) + int(np.prod([value.shape[a] for a in axes]))
             kinds[name] = value.dtype

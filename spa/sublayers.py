@@ -55,10 +55,14 @@ class SubLayer:
 
 @dataclass(frozen=True)
 class SubLayers:
-    """The sub-layers of a model in the order of the graph. adders: output of an adding node -> (its operands), for the edit."""
+    """The sub-layers of a model in the order of the graph.
+
+    adders: output of an adding node -> its operands, for the edit. stored: values that depend on no input of the graph.
+    """
 
     layers: tuple[SubLayer, ...]
     adders: dict[str, tuple[str, str]] = field(repr=False)
+    stored: frozenset[str] = field(repr=False)
 
     def blocks(self) -> list[tuple[SubLayer, ...]]:
         """Sub-layers by block, first to last."""
@@ -117,7 +121,7 @@ class _Finder:
             if total not in held:
                 found += self._branches(total, adders)
         found.sort(key=lambda layer: (self.maker[layer.total], self.maker[layer.branch]))
-        return SubLayers(_in_blocks(_nested(found), self.traced), adders)
+        return SubLayers(_in_blocks(_nested(found), self.traced), adders, frozenset(self.stored))
 
     def _sum(self, index: int) -> tuple[str, tuple[str, str] | None]:
         """The sum that a node gives, with its two operands, where these are data of its shape."""
