@@ -28,7 +28,7 @@ from spa.engines import find as find_engine
 from spa.errors import BadOption, CheckFailed, NothingToPrune
 from spa.evidence import Evidence
 from spa.exact import NO_RANKS, Ranks
-from spa.exact.rewriting import prove_same, with_bases
+from spa.exact.rewriting import prove_bases, with_bases
 from spa.feeds import Feeds
 from spa.files import Pieces
 from spa.groups import why_nothing
@@ -368,8 +368,8 @@ def carried_out(
         return replace(result, plan=replace(result.plan, options={**result.plan.options, "depth": dropped.record}))
     budget, evidence = with_data(analysis, budget, evidence, seed=seed, stage=stage)
     before, (analysis, _) = analysis, with_bases(analysis, ranks, stage=stage)
-    if ranks.any and check:
-        prove_same(before, analysis.normal.model, feeds=feeds, seed=seed, tolerance=tolerance, stage=stage)
+    if check:
+        prove_bases(before, analysis, ranks, feeds=feeds, seed=seed, tolerance=tolerance, stage=stage)
 
     def decide(current: Analysis, data: Evidence | None, limits: Budget, share: float | None, own: Mapping[str, float]) -> Plan:
         options = {**wishes, "ratios": {**(wishes.get("ratios") or {}), **own}}

@@ -200,3 +200,24 @@ def test_passes_change_only_what_differs() -> None:
     assert drop_biases(graph, {"k1": None}) == 0
     with pytest.raises(ValueError, match="bq is float32"):
         replace_constants(graph, {"bq": np.zeros(3, np.float32)})
+
+
+def halved(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model in float16."""
+    for tensor in model.graph.initializer:
+        array = numpy_helper.to_array(tensor)
+        if array.dtype == np.float32:
+            tensor.CopyFrom(numpy_helper.from_array(array.astype(np.float16), tensor.name))
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    return model
+
+
+def test_half_precision_is_solved_in_double_proven_in_single_and_stays_half() -> None:
+    half = halved(separate())
+    result = spa.rewritten(half, drop_key_bias=True, fold_value_bias=True, singular_basis=True)
+    assert result.check is not None
+    assert result.check.worst < 1e-6
+    assert stored(result.model)["wq"].dtype == np.float16
+    assert equal(half, result.model) < 5e-3
+    assert stored(spa.prune(half, qk_rank=2).model)["wq"].shape == (12, 6)
