@@ -200,13 +200,13 @@ class _Run:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
                 loss = self._loss(batch)
             if not bool(torch.isfinite(loss)):
-                return float(loss)
+                return float(loss.detach())
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(self.learned.values(), self.how.clip)
             if not bool(torch.isfinite(norm)):
                 return float("nan")
             self.optimizer.step()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
             step += 1
         return float(np.mean(losses))
 
