@@ -17,6 +17,7 @@ from passes.gates import Gate, insert_gates, zero_branches
 from passes.ids import insert_id_maps
 from passes.mask import Compress, Mask, insert_masks
 from passes.mixing import mix_outputs
+from passes.parting import part_sums
 from passes.remove import DELETE, Patch, Removal, remove_channels
 from passes.shuffles import gather_shuffles
 from passes.split import Branch, split_branches
@@ -45,6 +46,7 @@ __all__ = [
     "insert_masks",
     "merge_copies",
     "mix_outputs",
+    "part_sums",
     "remove_channels",
     "replace_constants",
     "split_branches",

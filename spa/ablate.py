@@ -24,6 +24,7 @@ from spa.feeds import Feeds
 from spa.files import write_files
 from spa.gates import Gated, Observer, Unit, means
 from spa.metrics import Metric, find_metric, measure
+from spa.parting import parted
 from spa.quality import first as some_of
 from spa.signatures.table import Dim, Product, Signature, Term, dims_of
 from spa.stages import Stage, quiet
@@ -90,6 +91,7 @@ def ablate(
     if not evidence.batches:
         raise BadOption("spa ablate looks at what units do to data: give some with --data.")
     data = evidence if samples is None else some_of(evidence, samples)
+    analysis = parted(analysis, stage=stage)
     units, layers = _units(analysis, unit)
     batches = list(data.batches)
     with stage("measuring units"):
@@ -202,10 +204,18 @@ def heads_of(node: NodeTrace, stored: set[str]) -> tuple[str, int, list[tuple[in
         return None
     names = _head_dims(node, made, stored)
     for axis, term in enumerate(made.outputs[0]):
-        parts = term.parts if isinstance(term, Product) else (term,)
-        if names & set(dims_of(term)) and all(isinstance(p, Dim) for p in parts):
-            return node.node.outputs[0].name, axis, _positions(node, parts, names)
+        factors = _factors(term)
+        if factors is not None and names & {f.name for f in factors}:
+            return node.node.outputs[0].name, axis, _positions(node, factors, names)
     return None
+
+
+def _factors(term: Term) -> list[Dim] | None:
+    """The dims of a product, outer ones first; None for anything else than a product of dims."""
+    if isinstance(term, Dim):
+        return [term]
+    parts = [_factors(p) for p in term.parts] if isinstance(term, Product) else [None]
+    return None if any(p is None for p in parts) else [f for p in parts for f in p or ()]
 
 
 def _head_dims(node: NodeTrace, made: Signature, stored: set[str]) -> set[str]:
@@ -220,10 +230,10 @@ def _head_dims(node: NodeTrace, made: Signature, stored: set[str]) -> set[str]:
     return {n for n in shared if node.dims[n].labels is not None}
 
 
-def _positions(node: NodeTrace, parts: Sequence[Term], names: set[str]) -> list[tuple[int, ...]]:
-    """Positions of an axis by head, the axis being a product of these parts."""
-    sizes = [node.dims[p.name].length for p in parts if isinstance(p, Dim)]
+def _positions(node: NodeTrace, factors: Sequence[Dim], names: set[str]) -> list[tuple[int, ...]]:
+    """Positions of an axis by head, the axis being the product of these dims."""
+    sizes = [node.dims[f.name].length for f in factors]
     index = np.stack(np.unravel_index(np.arange(int(np.prod(sizes))), sizes))
-    mine = [i for i, p in enumerate(parts) if isinstance(p, Dim) and p.name in names]
+    mine = [i for i, f in enumerate(factors) if f.name in names]
     head = np.ravel_multi_index(tuple(index[i] for i in mine), [sizes[i] for i in mine])
     return [tuple(np.flatnonzero(head == h).tolist()) for h in range(int(head.max()) + 1)]

@@ -24,6 +24,7 @@ from spa.explain import near
 from spa.feeds import Feeds
 from spa.gates import Gated, Observer, Unit, channel_axis, rows
 from spa.metrics import METRICS, class_rows, log_probabilities
+from spa.parting import edits_for, parted
 from spa.stages import Stage, quiet
 from spa.sublayers import ATTENTION, BRANCH, MLP, NEST, SubLayer, SubLayers, sub_layers
 
@@ -152,9 +153,10 @@ def candidates_of(found: SubLayers, kind: str) -> tuple[Candidate, ...]:
 
 def choose_layers(analysis: Analysis, depth: Depth, evidence: Evidence | None, *, seed: int = 0, stage: Stage = quiet) -> Dropped:
     """Decides which layers go. Raises BadOption for what can't be had: too many layers, names that do not exist, methods without data."""
+    analysis = parted(analysis, stage=stage)
     found = sub_layers(analysis.groups)
     if not isinstance(depth.drop, int | float):
-        return _named(found, depth)
+        return _named(analysis, found, depth)
     everything = candidates_of(found, BLOCK if depth.method in OF_BLOCKS else depth.kind)
     candidates = everything[round(depth.spare * len(everything)) :]
     search = Search(analysis, found, candidates, everything, depth.count(len(candidates)), depth, evidence.batches if evidence else (),
@@ -164,17 +166,17 @@ def choose_layers(analysis: Analysis, depth: Depth, evidence: Evidence | None, *
     with stage("choosing layers"):
         chosen, scores, edits = METHODS[depth.method](search)
     layers = tuple(s for s in found.layers if any(s in c.layers for c in chosen))
-    return Dropped(layers, tuple(c.name for c in chosen), scores, (*edits, found.edit(layers)), depth)
+    return Dropped(layers, tuple(c.name for c in chosen), scores, (*edits_for(analysis, found, layers, whole=bool(edits)), *edits), depth)
 
 
-def _named(found: SubLayers, depth: Depth) -> Dropped:
+def _named(analysis: Analysis, found: SubLayers, depth: Depth) -> Dropped:
     patterns = list(depth.drop) if isinstance(depth.drop, Sequence) else []
     for pattern in patterns:
         if not any(matches([pattern], [s.name, s.branch]) for s in found.layers):
             names = [s.name for s in found.layers]
             raise BadOption(f"--drop-layers: there is no layer {pattern!r}{near(pattern, names)}; `spa inspect --layers` lists them.")
     layers = tuple(s for s in found.layers if matches(patterns, [s.name, s.branch]))
-    return Dropped(layers, tuple(s.name for s in layers), {}, (found.edit(layers),), depth)
+    return Dropped(layers, tuple(s.name for s in layers), {}, edits_for(analysis, found, layers), depth)
 
 
 def without_layers(

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from passes import drop_branches, mix_outputs, zero_branches
+from passes import drop_branches, mix_outputs, part_sums, zero_branches
 from spa.errors import BadPlan
 from spa.rewrite import copy_graph
 from spa.store import Model, with_graph
@@ -43,6 +43,7 @@ class Kind:
 
 KINDS: dict[str, Kind] = {
     "drop_branches": Kind(drop_branches, zero_branches),
+    "part_sums": Kind(part_sums),
     "mix_outputs": Kind(mix_outputs, arrays=("matrix",), words="The linear map that stands in for the dropped layers"),
 }
 

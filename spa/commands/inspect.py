@@ -23,6 +23,7 @@ from spa.errors import BadOption
 from spa.explain import dependency_graph, dot_text, explain, frozen_causes, near, path, printable_graph, sites_of
 from spa.files import replace_all
 from spa.groups import Group, Groups
+from spa.parting import parted
 from spa.state_report import states, states_data
 from spa.sublayers import sub_layers
 
@@ -52,7 +53,7 @@ def inspect(
     groups = analysis.groups
     _export(groups, graphml, dot)
     if layers:
-        found = sub_layers(groups).layers
+        found = sub_layers(parted(analysis).groups).layers
         term.show({"layers": [layer_data(s) for s in found]}, layers_table(found))
     elif explain_:
         _explain(term, groups, explain_)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from spa.signatures.elementwise import spread
 from spa.signatures.table import (
     FIXED,
@@ -12,6 +14,7 @@ from spa.signatures.table import (
     NodeView,
     One,
     Operand,
+    Parted,
     Refusal,
     Signature,
     axis_of,
@@ -103,7 +106,12 @@ def layer_normalization(node: NodeView) -> Signature | Refusal:
 @signature("SkipLayerNormalization", "SkipSimplifiedLayerNormalization", domain="com.microsoft")
 def skip_layer_normalization(node: NodeView) -> Signature | Refusal:
     """LayerNormalization of a sum; the fourth output is the sum."""
-    return _layer(node, 0, (1,), (2, 3, 4), (3,))
+    made = _layer(node, 0, (1,), (2, 3, 4), (3,))
+    if isinstance(made, Refusal) or node.inputs[0] != node.inputs[1]:
+        return made
+    centred = node.op in CENTRED
+    op, stored, rest = ("LayerNormalization", (4,), (2, 3)) if centred else ("SimplifiedLayerNormalization", (3,), (2,))
+    return replace(made, parted=Parted(op, "", (0, 1), stored, rest, 3, {"epsilon": 1e-12 if centred else 1e-5, "axis": -1}))
 
 
 @signature("EmbedLayerNormalization", domain="com.microsoft")

@@ -154,6 +154,22 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Parted:
+    """A node as two: the sum of its operands `terms` and of stored ones, and the operator `op` over that sum and its inputs `rest`.
+
+    attributes: those that `op` shares with the node, with the node's defaults. sum: number of the output that holds the sum.
+    """
+
+    op: str
+    domain: str
+    terms: tuple[int, int]
+    stored: tuple[int, ...]
+    rest: tuple[int, ...]
+    sum: int
+    attributes: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Signature:
     """One node's signature, with ranks known and variadic axes spelled out."""
 
@@ -171,6 +187,7 @@ class Signature:
     affine: tuple[int, int | None] | None = None  # inputs that hold the scale and bias of what a normalisation gives
     adds: tuple[int, ...] = ()  # inputs that are added up, element by element
     sums: int | None = None  # output that holds the plain sum of those inputs
+    parted: Parted | None = None  # how it would be without the sum in it
     picked: Mapping[str, int] = field(default_factory=dict)  # FIXED dims of which positions are picked -> the input that holds these
     roles: Mapping[str, str] = field(default_factory=dict)  # of dims in an operator that holds an attention, see `spa.kinds`
     demands: tuple[Demand, ...] = ()  # of the kernel, on the sizes of dims
