@@ -200,11 +200,13 @@ class _Roles:
         self._contraction(number, node, signature)
 
     def _contraction(self, number: int, node: NodeTrace, signature: Signature) -> None:
-        stored = next((x for x in signature.linear if self._data(node, x.data) and not self._data(node, x.weight)), None)
+        given = len(signature.inputs)  # a damaged node may lack operands
+        maps = [x for x in signature.linear if x.data < given and x.weight < given]
+        stored = next((x for x in maps if self._data(node, x.data) and not self._data(node, x.weight)), None)
         if stored is not None:
             self._linear(number, node, signature, stored)
-        elif signature.linear and not signature.roles and signature.linear[0].window is None:
-            self._of_data(node, signature, signature.linear[0])
+        elif maps and signature.outputs and not signature.roles and maps[0].window is None:
+            self._of_data(node, signature, maps[0])
         for i, operand in enumerate(signature.inputs):
             if signature.macs and operand is not None and not self._data(node, i):
                 for name in _twice(operand):
