@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 from onnx import ModelProto
 
+from spa.count import count
 from spa.edits import Edit, edited, read_edits
 from spa.evidence import Evidence, adapted, gather
 from spa.groups import Groups, find_groups
@@ -42,6 +43,11 @@ class Analysis:
     def dense(self) -> Analysis:
         """The analysis of the model as given, before any edit: what savings are counted and timed against."""
         return self if not self.edits else analyze(self.given, **{**self.settings, "edits": ()})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the files that the model came in, less the weights that the edits took away."""
+        return self.given.nbytes - (count(self.dense.groups).weight_bytes - count(self.groups).weight_bytes if self.edits else 0)
 
     @property
     def options(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from spa.companions import Companions, Remap, Written, rewritten
 from spa.count import Counts, count
 from spa.cutting import cut
 from spa.depth import Depth, without_layers
+from spa.depth_budget import budget_left
 from spa.edits import Edit
 from spa.engines import find as find_engine
 from spa.errors import BadOption, CheckFailed, NothingToPrune
@@ -360,11 +361,12 @@ def carried_out(
     if depth is not None:
         small, data, dropped = without_layers(analysis, depth, evidence, seed=seed, stage=stage)
         how: dict[str, Any] = {"check": check, "seed": seed, "feeds": feeds, "tolerance": tolerance, "stage": stage}
-        if ratio is None and not budget.asks and not ranks.any:
+        left = budget_left(small, budget)
+        if left is None or (ratio is None and not left.asks and not ranks.any):
             result = apply(small, layers_alone(small, seed), **how)
         else:
-            budget = replace(budget, evaluate=moved(budget.evaluate, small))
-            result = carried_out(small, wishes, ratio=ratio, budget=budget, evidence=data, steps=steps, **how)
+            left = replace(left, evaluate=moved(left.evaluate, small))
+            result = carried_out(small, wishes, ratio=ratio, budget=left, evidence=data, steps=steps, **how)
         return replace(result, plan=replace(result.plan, options={**result.plan.options, "depth": dropped.record}))
     budget, evidence = with_data(analysis, budget, evidence, seed=seed, stage=stage)
     before, (analysis, _) = analysis, with_bases(analysis, ranks, stage=stage)

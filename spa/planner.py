@@ -74,7 +74,7 @@ class Planner:
         self.seed, self.stage = seed, stage
         self.groups = analysis.groups
         self.fit, self.held, self.probe = evidence, budget.held, budget.probe or budget.held
-        self.costs = static_costs(self.groups, analysis.given.nbytes)
+        self.costs = static_costs(self.groups, analysis.nbytes)
         self.targets = read_targets(budget.target)
         self._scored = score_losses(space, scores, normalize)
         self._estimated: Sequence[Array] | None = None

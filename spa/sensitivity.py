@@ -190,7 +190,7 @@ def _widths(lab: Lab, space: Space, group: Group, ratios: Sequence[float]) -> li
     groups = lab.analysis.groups
     widths = np.repeat([[float(g.size) for g in groups.groups]], max(len(made), 1), axis=0)
     widths[: len(made), group.index] = list(made)
-    costs = static_costs(groups, lab.analysis.given.nbytes)(widths)
+    costs = static_costs(groups, lab.analysis.nbytes)(widths)
     found = []
     for row, (width, ratio) in enumerate(made.items()):
         own = {kind: float(values[row]) for kind, values in costs.items()}

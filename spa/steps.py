@@ -104,7 +104,7 @@ def _shares(analysis: Analysis, budget: Budget) -> Mapping[str, tuple[float, flo
     """Kind -> (dense cost, share of it that is asked for)."""
     targets = read_targets(budget.target)
     dense = np.array([[g.size for g in analysis.groups.groups]], np.float64)
-    costs = static_costs(analysis.groups, analysis.given.nbytes)(dense)
+    costs = static_costs(analysis.groups, analysis.nbytes)(dense)
     found = {}
     for target in targets:
         if target.kind == "latency":
@@ -152,7 +152,7 @@ def _on(evidence: Any, analysis: Analysis) -> Any:
 def _record(analysis: Analysis, budget: Budget, last: Mapping[str, Any], result: Result) -> dict[str, Any]:
     """The record of the last step, with costs and quality against the model as it was."""
     dense = np.array([[g.size for g in analysis.groups.groups]], np.float64)
-    whole = static_costs(analysis.groups, analysis.given.nbytes)(dense)
+    whole = static_costs(analysis.groups, analysis.nbytes)(dense)
     costs = {k: [float(whole[k][0]) if k in whole else v[0], v[1], v[2]] for k, v in last["costs"].items()}
     return {**last, "target": list(budget.target), "costs": costs, **quality_of(analysis, budget, result.model)}
 

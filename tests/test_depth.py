@@ -196,6 +196,18 @@ def test_layers_then_channels_then_repair() -> None:
     assert result.check.passed
 
 
+def test_targets_are_shares_of_the_model_as_given() -> None:
+    dense = spa.count(spa.analyze(decoder()).groups)
+    result = spa.prune(decoder(), target="params=0.5", multiple_of=1, drop_layers=Depth(("M1",)))
+    assert result.plan.groups
+    assert 0.4 < result.after.parameters / dense.parameters <= 0.5
+    alone = spa.prune(decoder(), target="macs=0.9", multiple_of=1, drop_layers=Depth(("M1", "A1")))
+    assert not alone.plan.groups
+    assert alone.after.macs < 0.9 * dense.macs
+    analysis = spa.analyze(decoder(), edits=result.plan.trace["edits"])
+    assert analysis.nbytes < analysis.given.nbytes - 4 * 2 * 20 * D
+
+
 def calibration() -> Any:
     yield from data()
 
