@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from criteria_cases import attention, every_row, mlp  # noqa: F401
 from repair_cases import drawn, outputs_of, weights_of
 from test_choose import chain
-from test_criteria import _every_row as _every_row
-from test_criteria import attention, mlp
 from test_trace import groups_of, net
 
 import spa
