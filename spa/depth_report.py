@@ -14,14 +14,18 @@ from spa.sublayers import SubLayer
 
 def dropped(record: Mapping[str, Any]) -> RenderableType:
     """Layers that went, from a plan's record of depth."""
-    scores = record["scores"]
-    rows = []
-    for layer in record["dropped"]:
-        score = scores.get(layer["name"], scores.get(f"block {layer['block']}"))
-        rows.append((Name(layer["name"]), layer["kind"], str(layer["block"]), f"{layer['parameters']:,}", f"{layer['macs']:,}",
-                     "" if score is None else f"{score:.4g}"))  # fmt: skip
-    title = f"Dropped: {count_of(len(rows), 'layer')}" + (f" by {record['method']}" if scores else "")
+    told = depth_data(record)
+    rows = [(Name(x["name"]), x["kind"], str(x["block"]), f"{x['parameters']:,}", f"{x['macs']:,}",
+             "" if x["score"] is None else f"{x['score']:.4g}") for x in told["dropped"]]  # fmt: skip
+    title = f"Dropped: {count_of(len(rows), 'layer')}" + (f" by {told['method']}" if told["method"] else "")
     return table(title, ("layer", "kind", ">block", ">params", ">MACs", ">score"), rows)
+
+
+def depth_data(record: Mapping[str, Any], left_out: Sequence[str] = ()) -> dict[str, Any]:
+    """Layers that went, each with its score, as JSON. method: None where layers were named."""
+    scores = record["scores"]
+    gone = [{**x, "score": scores.get(x["name"], scores.get(f"block {x['block']}"))} for x in record["dropped"]]
+    return {"method": record["method"] if scores else None, "dropped": gone, "left_out": list(left_out)}
 
 
 def layers(found: Sequence[SubLayer]) -> RenderableType:

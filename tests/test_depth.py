@@ -358,7 +358,12 @@ def test_command_line(tmp_path: Path) -> None:
     assert [s["kind"] for s in json.loads(listed.stdout)["layers"]] == ["attention", "mlp"] * 3
     out, plan = str(tmp_path / "small.onnx"), str(tmp_path / "small.plan.json")
     base = ["prune", str(tmp_path / "m.onnx"), "-o", out, "--no-bench", "--json", "--drop-layers"]
-    made = CliRunner().invoke(app, [*base, "0.3", "--layers", "llm-drop", "--calibration", str(tmp_path / "d.npz")])
+    for end in ("md", "html", "json"):
+        told = ["--report", str(tmp_path / f"report.{end}")]
+        made = CliRunner().invoke(app, [*base, "0.3", "--layers", "llm-drop", "--calibration", str(tmp_path / "d.npz"), *told])
+        assert made.exit_code == 0, made.output
+        text = (tmp_path / f"report.{end}").read_text()
+        assert "Layers dropped" in text or '"depth"' in text
     assert made.exit_code == 0, made.output
     assert len(json.loads(made.stdout)["depth"]["dropped"]) == 2
     checked = CliRunner().invoke(app, ["check", str(tmp_path / "m.onnx"), out, "--plan", plan])

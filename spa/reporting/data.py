@@ -7,6 +7,7 @@
     latency           a list of what `spa.report.race_data` gives, one a provider
     quality           metric -> {before, after}
     budget            the record that a plan keeps of its budget, or None
+    depth             layers that were dropped (name, kind, block, parameters, macs, score), and what was left out; or None
     groups            name, kind, size, kept, the parameters and MACs that lie on it, the reason that it stays
     network           `spa.reporting.network`
     repair            what `spa.report.repair_data` gives, or None
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from spa import report
 from spa.bench import Race
+from spa.depth_report import depth_data
 from spa.explain import frozen_causes
 from spa.feeds import free_batch
 from spa.groups import Groups
@@ -61,6 +63,7 @@ def report_data(
         "format": "spa-report", "version": VERSION, "asked": _asked(result, options, given), "before": before, "after": after,
         "proof": report.check_data(result.check), "latency": [report.race_data(r) for r in races],
         "quality": {name: {"before": float(old), "after": float(new)} for name, (old, new) in figures.items()}, "budget": budget,
+        "depth": depth_data(plan.options["depth"], result.analysis.left_out) if "depth" in plan.options else None,
         "groups": _groups(groups, plan, batch), "repair": None if result.repaired is None else report.repair_data(result.repaired),
         "frozen": [report.cause_data(c) for c in frozen_causes(groups)], "notes": dict(plan.notes),
         "network": network_data(groups, gone, batch),
@@ -71,7 +74,8 @@ def report_data(
 
 def _asked(result: Result, options: Mapping[str, Any] | None, given: Collection[str]) -> dict[str, Any]:
     source, plan = result.analysis.given, result.plan
-    chosen = {k: v for k, v in {**plan.options, **plan.trace}.items() if k != "budget"} if options is None else dict(options)
+    told = {k: v for k, v in {**plan.options, **plan.trace}.items() if k not in ("budget", "depth", "edits")}
+    chosen = told if options is None else dict(options)
     chosen.update({k: plan.options[k] for k, v in chosen.items() if v is None and plan.options.get(k) is not None})  # what a None meant
     return {
         "model": "a model in memory" if source.path is None else os.path.basename(source.path),

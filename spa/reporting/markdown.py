@@ -27,7 +27,7 @@ def as_markdown(data: Mapping[str, Any]) -> str:
     """The report's dictionary as Markdown with tables."""
     asked = data["asked"]
     parts = [f"# {prose(asked['model'])}, pruned", _asked(data), _outcome(data), _latency(data["latency"]), _quality(data["quality"]),
-             _groups(data), _network(data["network"]), _repair(data["repair"]), _reasons(data), _versions(asked)]
+             _layers(data["depth"]), _groups(data), _network(data["network"]), _repair(data["repair"]), _reasons(data), _versions(asked)]
     return "\n\n".join(p for p in parts if p) + "\n"
 
 
@@ -98,6 +98,16 @@ def _groups(data: Mapping[str, Any]) -> str:
 
     rows = [row(g) for g in data["groups"]]
     return "## Groups\n\n" + _table(("group", "kind", ">channels", "kept", ">MACs", ">parameters", ""), rows) if rows else ""
+
+
+def _layers(depth: Mapping[str, Any] | None) -> str:
+    """Layers that were dropped."""
+    if depth is None:
+        return ""
+    rows = [(code(x["name"]), x["kind"], str(x["block"]), amount(x["parameters"]), amount(x["macs"]),
+             "–" if x["score"] is None else number(x["score"])) for x in depth["dropped"]]  # fmt: skip
+    table = _table(("layer", "kind", ">block", ">parameters", ">MACs", ">score"), rows)
+    return "\n\n".join(["## Layers dropped", table, *map(prose, depth["left_out"])])
 
 
 def _network(network: Mapping[str, Any]) -> str:
