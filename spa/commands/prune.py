@@ -281,7 +281,7 @@ def _tables(result: api.Result, sizes: tuple[int, int], timing: Race | None) -> 
     groups = result.analysis.groups
     return [
         report.comparison(result.before, result.after, sizes=sizes, race=timing), *_met(result.plan), *_dropped(result),
-        report.pruned(result.plan, groups.by_name), *states(states_data(groups, result.gone)),
+        *([report.pruned(result.plan, groups.by_name)] if result.plan.groups else []), *states(states_data(groups, result.gone)),
         report.frozen(frozen_causes(groups), result.before), *_notes(result.plan), *_repair(result), report.proof(result.check),
     ]
 
