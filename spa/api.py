@@ -36,7 +36,7 @@ from spa.groups import why_nothing
 from spa.plan import Plan, load_plan, make_plan, mask_of
 from spa.planner import Planner
 from spa.protect import parsed
-from spa.prove import both, check_shapes, failure, prove, prove_edits, runnable
+from spa.prove import both, check_shapes, failure, inputs_for, prove, prove_edits, runnable
 from spa.refine import refined
 from spa.repair import Repaired, RepairOptions
 from spa.score import Known, score
@@ -280,10 +280,12 @@ def apply(
     if check:
         given = feeds
         if analysis.edits and feeds is None:  # the model as given may have inputs that the edited one lacks
-            given = runnable(analysis.dense.normal.model, analysis.dense.groups.traced, seed=seed)
+            given = inputs_for(analysis.dense.normal.model, analysis.dense.groups.traced, seed=seed)
         proof = prove(analysis.normal.model, groups, gone, small, feeds=given, seed=seed, tolerance=tolerance, stage=stage)
         if analysis.edits and given is not None:
-            proof = both(proof, prove_edits(analysis.given, analysis.edits, analysis.edited, given, tolerance=tolerance, stage=stage))
+            types = analysis.dense.groups.traced.facts.types
+            edits = prove_edits(analysis.given, analysis.edits, analysis.edited, types, given, tolerance=tolerance, stage=stage)
+            proof = both(proof, edits)
         if not proof.passed:
             raise CheckFailed(failure(proof))
     else:

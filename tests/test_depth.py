@@ -172,6 +172,16 @@ def test_prune_drops_proves_and_records() -> None:
     assert result.after.parameters == spa.count(spa.analyze(decoder()).groups).parameters - 2 * 4 * D * D
 
 
+def test_large_models_are_proven_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    from spa import pieces
+
+    monkeypatch.setattr(pieces, "WHOLE", 0)
+    monkeypatch.setattr(pieces, "PIECE", 1000)
+    result = spa.prune(decoder(), 0.5, multiple_of=1, drop_layers=Depth(("M1",)))
+    assert result.check is not None
+    assert result.check.passed
+
+
 def test_a_wrong_removal_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     from spa import edits
     from spa.errors import CheckFailed
