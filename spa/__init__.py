@@ -7,35 +7,35 @@ The stages, each a function: `load`, `normalize`, `trace`, `find_groups`, `score
 """
 
 from spa.api import Analysis, Result, analyze, apply, plan, prune
-from spa.bench import race
-from spa.budget import Budget
-from spa.check import Check, compare
-from spa.choose import Options, choose
-from spa.count import Counts, count
+from spa.budgets.budget import Budget
+from spa.budgets.sensitivity import sensitivity
 from spa.criteria import criterion
-from spa.depth import Depth
+from spa.criteria.score import score
 from spa.errors import BadFile, BadModel, BadOption, BadPlan, CheckFailed, NothingToPrune, SpaError, UnsupportedModel
 from spa.exact import Ranks
 from spa.exact.rewriting import Rewritten, rewritten
-from spa.finetune import finetune
+from spa.exact.rotation import Rotated, rotated
 from spa.frameworks.torch_module import apply_to_torch
-from spa.groups import Group, Groups, find_groups
-from spa.masking import masked
-from spa.normalize import normalize
-from spa.plan import Plan, load_plan, make_plan
-from spa.repair import Repaired, RepairOptions
+from spa.graph.count import Counts, count
+from spa.graph.groups import Group, Groups, find_groups
+from spa.graph.normalize import normalize
+from spa.graph.trace import trace
+from spa.layers.depth import Depth
+from spa.learning.finetune import finetune
+from spa.learning.training import Training
+from spa.plans.choose import Options, choose
+from spa.plans.plan import Plan, load_plan, make_plan
+from spa.plans.rewrite import rewrite
+from spa.proof.check import Check, compare
+from spa.proof.masking import masked
+from spa.repairs.repair import Repaired, RepairOptions
 from spa.reporting import write_report
-from spa.rewrite import rewrite
-from spa.rotation import Rotated, rotated
-from spa.score import score
-from spa.sensitivity import sensitivity
 from spa.signatures import FIXED, MAP, STAT, SUM, signature
-from spa.store import Model, load, save
-from spa.sweep import sweep
-from spa.sweep_report import write_sweep
-from spa.trace import trace
-from spa.training import Training
-from spa.vocabulary_prune import prune_vocabulary
+from spa.storage.store import Model, load, save
+from spa.sweeps.sweep import sweep
+from spa.tables.sweep_report import write_sweep
+from spa.timing.bench import race
+from spa.vocabularies.vocabulary_prune import prune_vocabulary
 
 __version__ = "0.1.0"
 

@@ -13,40 +13,40 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from spa import check as checking
 from spa import criteria
-from spa.analysis import Analysis, Source, analyze, analyzed_for, evidence_for, moved, opened
-from spa.budget import Budget, with_data
-from spa.check import Check
-from spa.choose import Options, choose, find_space
-from spa.companions import Companions, Remap, Written, rewritten
-from spa.count import Counts, count
-from spa.cutting import cut
-from spa.depth import Depth, without_layers
-from spa.depth_budget import budget_left
-from spa.edits import Edit
+from spa.budgets.budget import Budget, with_data
+from spa.budgets.planner import Planner
+from spa.budgets.steps import Stages, prune_in_steps
+from spa.criteria.refine import refined
+from spa.criteria.score import Known, score
+from spa.criteria.views import Data
+from spa.data.evidence import Evidence
 from spa.engines import find as find_engine
 from spa.errors import BadOption, CheckFailed, NothingToPrune
-from spa.evidence import Evidence
 from spa.exact import NO_RANKS, Ranks
 from spa.exact.rewriting import prove_bases, with_bases
-from spa.feeds import Feeds
-from spa.files import Pieces
-from spa.groups import why_nothing
-from spa.plan import Plan, load_plan, make_plan, mask_of
-from spa.planner import Planner
-from spa.protect import parsed
-from spa.prove import both, check_shapes, failure, inputs_for, prove, prove_edits, runnable
-from spa.refine import refined
-from spa.repair import Repaired, RepairOptions
-from spa.score import Known, score
-from spa.solve import DAMPING
+from spa.graph.analysis import Analysis, Source, analyze, analyzed_for, evidence_for, moved, opened
+from spa.graph.count import Counts, count
+from spa.graph.groups import why_nothing
+from spa.graph.state import feeds_for
+from spa.layers.depth import Depth, without_layers
+from spa.layers.depth_budget import budget_left
+from spa.plans.choose import Options, choose, find_space
+from spa.plans.companions import Companions, Remap, Written, rewritten
+from spa.plans.cutting import cut
+from spa.plans.edits import Edit
+from spa.plans.plan import Plan, load_plan, make_plan, mask_of
+from spa.plans.protect import parsed
+from spa.proof import check as checking
+from spa.proof.check import Check
+from spa.proof.feeds import Feeds
+from spa.proof.prove import both, check_shapes, failure, inputs_for, prove, prove_edits, runnable
+from spa.repairs.repair import Repaired, RepairOptions
+from spa.repairs.solve import DAMPING
 from spa.stages import Stage, collector_paused, quiet
-from spa.state import feeds_for
-from spa.steps import Stages, prune_in_steps
-from spa.store import Model, save, to_proto
-from spa.views import Data
-from spa.vocabulary import Ids, ids_of, map_name
+from spa.storage.files import Pieces
+from spa.storage.store import Model, save, to_proto
+from spa.vocabularies.vocabulary import Ids, ids_of, map_name
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Result:
     def companions(
         self, found: Companions | None, model: Path, output: Path, *, remap: Remap | None = None
     ) -> Written:
-        """The files beside a language model as they belong beside the pruned one (`spa.companions`), for `save`'s `beside`.
+        """The files beside a language model as they belong beside the pruned one (`spa.plans.companions`), for `save`'s `beside`.
 
         model, output: the model's own file, and where this one goes. remap: gives a configuration its new ids, where ids went.
         Raises UnsupportedModel where a runtime could not use them.
@@ -145,9 +145,9 @@ def plan(
     ratio: share of the channels of each group that goes, between 0 and 1; 0.5 if there is no target either. criterion: a name of the
     registry. scope: local, global, isomorphic, cost or log. multiple_of: widths are rounded to it; "auto" is what the provider likes.
     include, exclude: globs or /regexes/ on the names of groups, nodes and values, or "kind:head". units: kinds of groups that may shrink
-    (`spa.kinds.KINDS`), all if empty. protect: what stays, "pattern" or "pattern: coordinates" (`spa.protect`). ratios: pattern -> ratio of
-    its own. stat: whether axes that a normalisation runs over may shrink. keep_state: whether a cache that is carried from call to call
-    stays as it is (`spa.state`). calibration: data for criteria that look at any: a `Calibration`, an
+    (`spa.graph.kinds.KINDS`), all if empty. protect: what stays, "pattern" or "pattern: coordinates" (`spa.plans.protect`). ratios: pattern
+    -> ratio of its own. stat: whether axes that a normalisation runs over may shrink. keep_state: whether a cache that is carried from call
+    to call stays as it is (`spa.graph.state`). calibration: data for criteria that look at any: a `Calibration`, an
     `Evidence` or what `spa.calibration` takes. aggregate, normalize: how scores of a group's layers are put together, and made comparable
     between groups. swaps: rounds of exchanging removed for kept channels while the error after repair falls. loss: for gradients.
     damping: ridge of the errors that are estimated, over the mean variance of a layer's inputs. target: in place of a ratio, what the
@@ -331,9 +331,9 @@ def prune(
 ) -> Result:
     """Plans and applies; see `plan` and `apply` for the options. steps: of the way there, channels scored anew after each.
 
-    edits: changes of the graph that come first, see `spa.edits`. drop_layers: layers that go before channels, see `spa.depth`; alone if
-    there is neither a ratio nor a target. qk_rank, vo_rank: directions of each head's singular bases that stay, a number or a share
-    (`spa.exact.Ranks`); nothing else goes if there is no ratio.
+    edits: changes of the graph that come first, see `spa.plans.edits`. drop_layers: layers that go before channels, see `spa.layers.depth`;
+    alone if there is neither a ratio nor a target. qk_rank, vo_rank: directions of each head's singular bases that stay, a number or a
+    share (`spa.exact.Ranks`); nothing else goes if there is no ratio.
 
     >>> result = spa.prune("model.onnx", target="macs=0.5")
     >>> result.save("small.onnx", plan="small.plan.json")

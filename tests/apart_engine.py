@@ -9,8 +9,8 @@ from collections.abc import Callable
 import numpy as np
 
 from spa.engines import Engine, Placement, Settings, engine
-from spa.feeds import Feeds
-from spa.store import Model
+from spa.proof.feeds import Feeds
+from spa.storage.store import Model
 
 
 class Here:

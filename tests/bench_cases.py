@@ -16,7 +16,7 @@ from test_trace import net
 
 import spa
 from spa.engines import ENGINES, Engine, Placement, Settings, engine
-from spa.feeds import Feeds
+from spa.proof.feeds import Feeds
 
 REASON = "only the x86-64 builds of ONNX Runtime lay channels out in blocks"
 blocked = pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason=REASON)

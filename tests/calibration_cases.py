@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from test_trace import groups_of, net
 
-from spa.calibration import calibration
-from spa.feeds import Feeds
-from spa.trace import Traced
+from spa.data.calibration import calibration
+from spa.graph.trace import Traced
+from spa.proof.feeds import Feeds
 
 
 def traced(values: str, body: str, **weights: Any) -> Traced:

@@ -14,7 +14,7 @@ from test_trace import ints, net
 
 import spa
 from spa.criteria import registry
-from spa.views import Data
+from spa.criteria.views import Data
 
 Array = np.ndarray
 Feeds = dict[str, np.ndarray]
@@ -24,7 +24,7 @@ DAMPING = 0.01
 @pytest.fixture(autouse=True)
 def every_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """All rows are looked at, and criteria of tests leave the registry again."""
-    monkeypatch.setattr("spa.observe.ROWS_A_COLUMN", 1e9)
+    monkeypatch.setattr("spa.statistics.observe.ROWS_A_COLUMN", 1e9)
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
 
 

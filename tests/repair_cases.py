@@ -13,11 +13,11 @@ from onnx import numpy_helper
 from test_trace import ints, net
 
 import spa
-from spa.groups import Kept
-from spa.linear import find_layers
-from spa.repair import Repaired, RepairOptions, repair
-from spa.rewrite import rewrite
-from spa.store import to_proto, with_graph
+from spa.graph.groups import Kept
+from spa.graph.linear import find_layers
+from spa.plans.rewrite import rewrite
+from spa.repairs.repair import Repaired, RepairOptions, repair
+from spa.storage.store import to_proto, with_graph
 
 Feeds = dict[str, np.ndarray]
 
@@ -25,7 +25,7 @@ Feeds = dict[str, np.ndarray]
 @pytest.fixture(autouse=True)
 def every_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fits on all rows, as the least squares that it is compared with."""
-    monkeypatch.setattr("spa.observe.ROWS_A_COLUMN", 1e9)
+    monkeypatch.setattr("spa.statistics.observe.ROWS_A_COLUMN", 1e9)
 
 
 def drawn(shape: Sequence[int], seed: int) -> np.ndarray:
@@ -51,7 +51,7 @@ def some(size: int, part: float = 0.4, seed: int = 1) -> np.ndarray:
     return found
 
 
-def gone_where(groups: spa.Groups, wanted: Callable[[spa.groups.Group], bool] = lambda g: True, part: float = 0.4) -> np.ndarray:
+def gone_where(groups: spa.Groups, wanted: Callable[[spa.graph.groups.Group], bool] = lambda g: True, part: float = 0.4) -> np.ndarray:
     gone = np.zeros(groups.total, bool)
     for group in groups.free():
         if wanted(group):
@@ -60,12 +60,12 @@ def gone_where(groups: spa.Groups, wanted: Callable[[spa.groups.Group], bool] = 
 
 
 def outputs_of(model: Any, feeds: Sequence[Feeds]) -> list[dict[str, np.ndarray]]:
-    session = spa.check.session(model if isinstance(model, spa.store.Model) else spa.load(model), threads=1)
+    session = spa.proof.check.session(model if isinstance(model, spa.storage.store.Model) else spa.load(model), threads=1)
     names = [o.name for o in session.get_outputs()]
     return [dict(zip(names, session.run(None, f), strict=True)) for f in feeds]
 
 
-def small_of(found: Repaired) -> spa.store.Model:
+def small_of(found: Repaired) -> spa.storage.store.Model:
     return with_graph(found.model, rewrite(found.model.graph, found.groups, found.gone))
 
 

@@ -22,17 +22,17 @@ from numpy.typing import NDArray
 from onnx import ModelProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from spa.check import difference
-from spa.demands import ANY, demands_of
-from spa.groups import Groups, find_groups
-from spa.masking import masked
-from spa.normalize import normalize
-from spa.rewrite import rewrite
-from spa.shapes import infer
+from spa.graph.demands import ANY, demands_of
+from spa.graph.groups import Groups, find_groups
+from spa.graph.normalize import normalize
+from spa.graph.shapes import infer
+from spa.graph.trace import trace
+from spa.plans.rewrite import rewrite
+from spa.proof.check import difference
+from spa.proof.masking import masked
 from spa.signatures import MAP
 from spa.signatures.table import kind_of
-from spa.store import Model, load, to_proto, with_graph
-from spa.trace import trace
+from spa.storage.store import Model, load, to_proto, with_graph
 
 Arrays = dict[str, Any]
 

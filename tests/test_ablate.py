@@ -15,10 +15,10 @@ from test_trace import net
 from typer.testing import CliRunner
 
 import spa
-from spa.ablate import ablate
 from spa.cli import app
+from spa.data.evidence import Evidence
 from spa.errors import BadOption
-from spa.evidence import Evidence
+from spa.layers.ablate import ablate
 
 W = D // H
 

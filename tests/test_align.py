@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from spa import align
 from spa.engines import find
+from spa.plans import align
 
 
 @pytest.fixture(autouse=True)

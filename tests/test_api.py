@@ -15,7 +15,7 @@ from test_trace import ints, net
 import spa
 from models import weightless
 from spa.errors import BadFile, BadModel, BadOption, CheckFailed, NothingToPrune, UnsupportedModel
-from spa.store import to_bytes
+from spa.storage.store import to_bytes
 
 ZOO = sorted((Path(__file__).parent.parent / "models" / "zoo").glob("*.onnx.xz"))
 TWICE = sorted({p.name.split(".")[0] for p in ZOO if p.with_name(p.name.split(".")[0] + ".script.onnx.xz") in ZOO
@@ -222,11 +222,11 @@ def test_given_feeds_and_tolerance() -> None:
 
 
 def test_without_the_proof_shapes_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    import spa.cutting
+    import spa.plans.cutting
 
     result = spa.prune(model(), 0.5, multiple_of=1, check=False)
     assert result.check is None
-    right = spa.cutting.rewrite
+    right = spa.plans.cutting.rewrite
 
     def wrong(*args: Any) -> Any:
         graph = right(*args)
@@ -234,7 +234,7 @@ def test_without_the_proof_shapes_are_checked(monkeypatch: pytest.MonkeyPatch) -
         tensor.values = np.concatenate([tensor.values, tensor.values])
         return graph
 
-    monkeypatch.setattr(spa.cutting, "rewrite", wrong)
+    monkeypatch.setattr(spa.plans.cutting, "rewrite", wrong)
     with pytest.raises(CheckFailed, match=r"Output 'y' of the pruned graph would have shape \(2, 10\) instead of \(2, 5\)"):
         spa.prune(model(), 0.5, multiple_of=1, check=False)
 

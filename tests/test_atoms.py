@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from spa.atoms import Atoms, Labels, merge, stack
+from spa.graph.atoms import Atoms, Labels, merge, stack
 
 SIZES = (2, 3, 4, 6, 8, 12, 24)
 Step = tuple[str, int, int, int]

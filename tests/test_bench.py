@@ -20,11 +20,11 @@ from bench_cases import (
 from test_trace import net
 
 import spa
-from spa import race_report
-from spa.bench import Race
 from spa.errors import BadOption, UnsupportedModel
-from spa.profiling import profiles
-from spa.ratios import FASTER, FEW, LEAST, SAME, SLOWER, Ratio, paired, verdict
+from spa.tables import race_report
+from spa.timing.bench import Race
+from spa.timing.profiling import profiles
+from spa.timing.ratios import FASTER, FEW, LEAST, SAME, SLOWER, Ratio, paired, verdict
 
 
 def models() -> dict[str, spa.Model]:
@@ -234,7 +234,7 @@ def test_the_self_check_can_be_left_out() -> None:
 
 
 def test_a_large_model_is_not_loaded_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spa.bench.TWICE", 10)
+    monkeypatch.setattr("spa.timing.bench.TWICE", 10)
     race = spa.race({"A": named("a")}, X, engine="fake", rounds=3)
     assert Fake.loads == ["a"]
     assert race.itself is not None

@@ -16,11 +16,11 @@ from bench_cases import (
 from test_trace import net
 
 import spa
-from spa import race_report
+from spa.budgets.layout_proxy import Proxy, layout_of, padded_macs, proxy
 from spa.errors import BadOption
-from spa.layout_proxy import Proxy, layout_of, padded_macs, proxy
-from spa.plan import mask_of
-from spa.profiling import parsed, profiles
+from spa.plans.plan import mask_of
+from spa.tables import race_report
+from spa.timing.profiling import parsed, profiles
 
 # ---------------------------------------------------------------------- counted beside the clock
 

@@ -16,13 +16,13 @@ from bench_cases import (
 from typer.testing import CliRunner
 
 import spa
-from spa import race_report
-from spa.bench import Lap, Race
+from spa.budgets.layout_proxy import Layout, Proxy
 from spa.cli import app
 from spa.engines import ENGINES, Placement
-from spa.layout_proxy import Layout, Proxy
-from spa.profiling import NodeTime, Profile
-from spa.ratios import FASTER, FEW, Ratio
+from spa.tables import race_report
+from spa.timing.bench import Lap, Race
+from spa.timing.profiling import NodeTime, Profile
+from spa.timing.ratios import FASTER, FEW, Ratio
 from tools import bench_widths
 
 

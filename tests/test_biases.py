@@ -8,8 +8,8 @@ from test_trace import ints, net
 
 import spa
 from passes import insert_biases
-from spa.rewrite import copy_graph
-from spa.store import to_proto, with_graph
+from spa.plans.rewrite import copy_graph
+from spa.storage.store import to_proto, with_graph
 
 BODY = "a = Conv(x, w1) r = Relu(a) f = Flatten(r) h = MatMul(f, w2) g = Gemm(h, w3) y = Relu(g)"
 
@@ -26,7 +26,7 @@ def inserted(given: onnx.ModelProto, biases: dict[str, tuple[int | None, np.ndar
 
 
 def ran(given: onnx.ModelProto, x: np.ndarray) -> dict[str, np.ndarray]:
-    return spa.check.run(spa.load(given), {"x": x})
+    return spa.proof.check.run(spa.load(given), {"x": x})
 
 
 X = np.random.default_rng(0).standard_normal((2, 3, 4, 4)).astype(np.float32)

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spa.allocate import Problem, allocate
+from spa.budgets.allocate import Problem, allocate
+from spa.budgets.targets import Target, amount, read_targets
 from spa.errors import BadOption
-from spa.targets import Target, amount, read_targets
 
 
 @pytest.mark.parametrize(("text", "target"), [
@@ -130,7 +130,7 @@ def test_the_solver_leaves_stdout_alone(capfd: pytest.CaptureFixture[str], monke
         os.write(1, b"HighsMipSolverData")
         return type("Found", (), {"x": None})
 
-    monkeypatch.setattr("spa.allocate.optimize.milp", noisy)
+    monkeypatch.setattr("spa.budgets.allocate.optimize.milp", noisy)
     os.write(1, b"before\n")
     allocate(chain([[4, 8], [4, 8]], [[1.0, 0.0], [1.0, 0.0]], macs=100.0), "solver")
     os.write(1, b"after\n")

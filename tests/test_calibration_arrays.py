@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from calibration_cases import ids, image, read, refusal, rows, same, sizes, together, traced, two, vectors
 
-from spa.calibration import calibration
+from spa.data.calibration import calibration
+from spa.data.samples import layout_of
 from spa.errors import BadFile, BadOption
-from spa.samples import layout_of
 
 # ---------------------------------------------------------------------- arrays
 

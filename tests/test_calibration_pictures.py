@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from calibration_cases import image, read, refusal, together, vectors, without
 
-from spa.calibration import calibration
+from spa.data.calibration import calibration
+from spa.data.preprocess import PRESETS, Preprocess, prepare, read_preprocess
 from spa.errors import BadFile, BadOption
-from spa.preprocess import PRESETS, Preprocess, prepare, read_preprocess
 
 
 def picture(path: Path, height: int = 9, width: int = 12, seed: int = 0) -> np.ndarray:

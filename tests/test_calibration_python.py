@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from calibration_cases import read, refusal, rows, same, sizes, together, two, vectors
 
-from spa.calibration import Calibration, calibration
+from spa.data.calibration import Calibration, calibration
 from spa.errors import BadOption
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from calibration_cases import ids, read, refusal, sizes, together, traced, vectors, without
 
-from spa.calibration import calibration
+from spa.data.calibration import calibration
 from spa.errors import BadFile, BadOption
 
 WORDS = "the a cat dog sat ran on under mat tree".split()

@@ -12,9 +12,9 @@ from test_trace import net
 
 import spa
 from spa.api import prove
-from spa.check import Check, Difference, compare, difference, run, session
 from spa.errors import CheckFailed, UnsupportedModel
-from spa.plan import mask_of
+from spa.plans.plan import mask_of
+from spa.proof.check import Check, Difference, compare, difference, run, session
 
 NAN, INF = np.nan, np.inf
 
@@ -109,9 +109,9 @@ def test_the_wrong_channels_are_caught() -> None:
 
 
 def test_prune_writes_nothing_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    import spa.cutting
+    import spa.plans.cutting
 
-    right = spa.cutting.rewrite
+    right = spa.plans.cutting.rewrite
 
     def wrong(*args: Any) -> Any:
         graph = right(*args)
@@ -119,7 +119,7 @@ def test_prune_writes_nothing_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> 
         tensor.values = tensor.values * 1.01
         return graph
 
-    monkeypatch.setattr(spa.cutting, "rewrite", wrong)
+    monkeypatch.setattr(spa.plans.cutting, "rewrite", wrong)
     with pytest.raises(CheckFailed, match=r"output 'y' by .* of its scale, where 1e-04 is allowed; nothing was written"):
         spa.prune(model(), 0.5, multiple_of=1)
     assert spa.prune(model(), 0.5, multiple_of=1, tolerance=0.1).check.worst > 1e-3  # type: ignore[union-attr]

@@ -12,9 +12,9 @@ from test_groups import attention
 from test_trace import groups_of, net
 
 import spa
-from spa.choose import Choice, Options, choose, matches, structure
+from spa.criteria.score import Scores
 from spa.errors import BadOption
-from spa.score import Scores
+from spa.plans.choose import Choice, Options, choose, matches, structure
 
 
 def chain(width: int = 32, other: int = 24) -> onnx.ModelProto:

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 import spa
 from spa import api, cli
-from spa.check import Check, Difference
 from spa.commands.reading import plan_name
 from spa.commands.terminal import verdict
+from spa.proof.check import Check, Difference
 
 
 def convnet(*, shape=(1, 3, 8, 8), seed=0, nan=False, width=32):

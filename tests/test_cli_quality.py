@@ -39,7 +39,7 @@ def done(*args: Any) -> dict[str, Any]:
 
 
 def outputs(path: str, shape: tuple[int, ...] = (7, 3, 8, 8), seed: int = 7) -> np.ndarray:
-    found: np.ndarray = spa.check.session(spa.load(path), threads=1).run(None, {"x": drawn(shape, seed)})[0]
+    found: np.ndarray = spa.proof.check.session(spa.load(path), threads=1).run(None, {"x": drawn(shape, seed)})[0]
     return found
 
 

@@ -13,10 +13,10 @@ from test_trace import ints, net
 
 import spa
 from spa.api import analyze
-from spa.check import session
-from spa.closed_form import Channels, bias_moments, closed_form
-from spa.evidence import channel_moments
-from spa.linear import find_layers
+from spa.data.evidence import channel_moments
+from spa.graph.linear import find_layers
+from spa.proof.check import session
+from spa.statistics.closed_form import Channels, bias_moments, closed_form
 
 RNG = np.random.default_rng(5)
 C = 6

@@ -14,10 +14,10 @@ from test_state import cached
 from test_trace import ints, net
 
 import spa
-from spa.companions import CONFIG, GENAI, find_companions
 from spa.errors import BadFile, BadOption, UnsupportedModel
-from spa.numbers import numbers_of
-from spa.plan import mask_of
+from spa.graph.numbers import numbers_of
+from spa.plans.companions import CONFIG, GENAI, find_companions
+from spa.plans.plan import mask_of
 
 WIDTH, HEADS, SHARED, DEPTH, NEURONS, TOKENS = 16, 4, 2, 6, 20, 30
 

@@ -11,8 +11,8 @@ from test_groups import attention, grouped_queries
 from test_trace import groups_of, ints, net
 
 import spa
-from spa.count import Counts
-from spa.plan import mask_of
+from spa.graph.count import Counts
+from spa.plans.plan import mask_of
 
 
 def counts(model: onnx.ModelProto) -> Counts:

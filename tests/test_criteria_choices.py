@@ -16,8 +16,8 @@ from test_trace import net
 
 import spa
 from spa import criteria
+from spa.criteria.views import Data
 from spa.errors import BadModel, BadOption
-from spa.views import Data
 
 # ------------------------------------------------------------------------------------------------ scaling, cutting, putting together
 

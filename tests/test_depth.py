@@ -14,13 +14,13 @@ from test_trace import ints, net
 from typer.testing import CliRunner
 
 import spa
-from spa.check import run as run_model
 from spa.cli import app
-from spa.depth import Depth, choose_layers, without_layers
 from spa.errors import BadOption
-from spa.gates import Gated, Unit, means
-from spa.replace_me import RIDGE
-from spa.sublayers import sub_layers
+from spa.layers.depth import Depth, choose_layers, without_layers
+from spa.layers.gates import Gated, Unit, means
+from spa.layers.replace_me import RIDGE
+from spa.layers.sublayers import sub_layers
+from spa.proof.check import run as run_model
 
 D, H, T, V = 12, 3, 5, 11  # width, heads, tokens, classes
 LENGTHS = {"s3": ints(0, 0, H, D // H), "s2": ints(0, 0, D)}
@@ -73,7 +73,7 @@ def data(n: int = 3, size: int = 2, labels: bool = False) -> list[dict[str, np.n
 
 def analysed(model: onnx.ModelProto, labels: bool = False, **more: Any) -> tuple[spa.Analysis, Any]:
     analysis = spa.analyze(model)
-    from spa.evidence import Evidence
+    from spa.data.evidence import Evidence
 
     return analysis, Evidence("data", data(labels=labels, **more), analysis.normal.model, False, "labels" if labels else None)
 
@@ -168,12 +168,12 @@ def test_prune_drops_proves_and_records() -> None:
     record = result.plan.options["depth"]
     assert [s["kind"] for s in record["dropped"]] == ["attention"] * 2
     again = spa.apply(decoder(), spa.load_plan(json.loads(result.plan.to_json())))
-    assert spa.store.to_bytes(again.model) == spa.store.to_bytes(result.model)
+    assert spa.storage.store.to_bytes(again.model) == spa.storage.store.to_bytes(result.model)
     assert result.after.parameters == spa.count(spa.analyze(decoder()).groups).parameters - 2 * 4 * D * D
 
 
 def test_large_models_are_proven_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    from spa import pieces
+    from spa.proof import pieces
 
     monkeypatch.setattr(pieces, "WHOLE", 0)
     monkeypatch.setattr(pieces, "PIECE", 1000)
@@ -183,8 +183,8 @@ def test_large_models_are_proven_in_pieces(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_wrong_removal_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    from spa import edits
     from spa.errors import CheckFailed
+    from spa.plans import edits
 
     right = edits.KINDS["drop_branches"]
 
@@ -308,7 +308,7 @@ def test_replace_me_folds_the_ridge_map() -> None:
     gram = m.T @ m
     t = np.linalg.solve(gram + RIDGE * np.trace(gram) / D * np.eye(D), m.T @ (y + m - x))
     arrays = {a.name: numpy_helper.to_array(a) for a in model.graph.initializer}
-    kept = {a.name: numpy_helper.to_array(a) for a in spa.store.to_proto(small.edited).graph.initializer}
+    kept = {a.name: numpy_helper.to_array(a) for a in spa.storage.store.to_proto(small.edited).graph.initializer}
     np.testing.assert_allclose(kept[f"wd{i}"], arrays[f"wd{i}"] @ t, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(kept[f"bd{i}"], arrays[f"bd{i}"] @ t, rtol=1e-3, atol=1e-4)
     assert f"wd{run}" not in kept

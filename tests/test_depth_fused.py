@@ -10,13 +10,13 @@ from test_trace import net
 
 import spa
 from models.llama import LlamaConfig, llama_graph
-from spa.ablate import ablate
-from spa.check import run
-from spa.depth import Depth, choose_layers, without_layers
-from spa.evidence import Evidence
-from spa.parting import parted
-from spa.prove import runnable
-from spa.sublayers import sub_layers
+from spa.data.evidence import Evidence
+from spa.graph.parting import parted
+from spa.layers.ablate import ablate
+from spa.layers.depth import Depth, choose_layers, without_layers
+from spa.layers.sublayers import sub_layers
+from spa.proof.check import run
+from spa.proof.prove import runnable
 
 
 def llama(fused: bool = False, cache: bool = True) -> onnx.ModelProto:
@@ -52,7 +52,7 @@ def test_a_dropped_layer_takes_its_cache_along(fused: bool, chosen: list[tuple[i
     wanted, found = run(spa.load(other), feeds)["logits"], run(result.model, feeds)["logits"]
     np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
     again = spa.apply(model, spa.load_plan(result.plan))
-    assert spa.store.to_bytes(again.model) == spa.store.to_bytes(result.model)
+    assert spa.storage.store.to_bytes(again.model) == spa.storage.store.to_bytes(result.model)
 
 
 def test_a_past_that_is_read_for_its_length_stays() -> None:

@@ -9,9 +9,9 @@ import pytest
 
 import spa
 from models import weightless
-from spa.depth import Depth
-from spa.parting import parted
-from spa.sublayers import SubLayer, sub_layers
+from spa.graph.parting import parted
+from spa.layers.depth import Depth
+from spa.layers.sublayers import SubLayer, sub_layers
 
 ZOO = Path(__file__).parent.parent / "models" / "zoo"
 FILES = sorted(p.name for p in ZOO.glob("*.onnx.xz"))

@@ -15,11 +15,12 @@ from typer.testing import CliRunner
 
 import spa
 from passes import drop_branches
-from spa import api, edits
+from spa import api
 from spa.cli import app
-from spa.edits import Edit, Kind
 from spa.errors import BadPlan
-from spa.plan import graph_sha256
+from spa.plans import edits
+from spa.plans.edits import Edit, Kind
+from spa.plans.plan import graph_sha256
 
 BODY = """a = MatMul(x, w0) b = MatMul(a, u1) c = Relu(b) d = MatMul(c, v1) e = Add(a, d)
 f = MatMul(e, u2) k = Concat<axis=0>(past, f) l = ReduceMean<axes=[0], keepdims=1>(k) g = Add(f, l) h = MatMul(g, v2) i = Add(e, h)
@@ -40,7 +41,7 @@ def model(seed: int = 0) -> onnx.ModelProto:
 
 
 def run(made: spa.Model | onnx.ModelProto, **feeds: Any) -> dict[str, np.ndarray]:
-    from spa.check import run as run_model
+    from spa.proof.check import run as run_model
 
     opened = made if isinstance(made, spa.Model) else spa.load(made)
     return run_model(opened, feeds)  # type: ignore[return-value]
@@ -94,7 +95,7 @@ def test_plans_hold_edits_and_do_them_again(tmp_path: Path) -> None:
     assert plan.trace["edits"] == [SECOND]
     assert spa.load_plan(json.loads(plan.to_json())) == plan
     again = spa.apply(model(), plan)
-    assert spa.store.to_bytes(again.model) == spa.store.to_bytes(result.model)
+    assert spa.storage.store.to_bytes(again.model) == spa.storage.store.to_bytes(result.model)
     other = spa.apply(model(seed=1), plan, other_weights=True)
     wanted = {t.name: numpy_helper.to_array(t) for t in model(seed=1).graph.initializer}
     kept = plan.groups["u1:1"]["kept"]

@@ -13,13 +13,13 @@ from engine_cases import X, small
 from test_trace import net
 
 import spa
-from spa import check as checking
 from spa.engines import ENGINES, Placement, Settings, find
 from spa.engines.children import ort
 from spa.engines.cuda import CUDA
 from spa.engines.providers import here
 from spa.engines.webgpu import drivers
 from spa.errors import BadOption, UnsupportedModel
+from spa.proof import check as checking
 
 PROVIDERS = ("cpu", "cuda", "tensorrt", "openvino", "qnn", "webgpu", "arm64")
 
@@ -80,7 +80,7 @@ def test_the_cpu_refuses_in_one_line():
 
 def test_inputs_and_outputs_may_lie_on_the_device():
     """The binding of CUDA's, on the device that is here."""
-    session = ort.Session(spa.store.to_bytes(small()), ort.CPU)
+    session = ort.Session(spa.storage.store.to_bytes(small()), ort.CPU)
     run_once = session.bind({**X, "no input": X["x"]}, "cpu")
     run_once()
     opened = here("CPUExecutionProvider", "CPU", defaults={}, device="cpu")(small(), Settings())

@@ -20,7 +20,7 @@ import spa
 from models import weightless
 from spa.engines import Settings, find
 from spa.errors import BadOption, UnsupportedModel
-from spa.trial import expected, try_on
+from spa.timing.trial import expected, try_on
 
 
 def ready(name):

@@ -12,12 +12,12 @@ from onnx import TensorProto, helper, numpy_helper
 from test_cli import folder, made, refused, run  # noqa: F401
 
 import spa
-from spa import check as checking
 from spa.engines import ENGINES, Engine, Placement, Settings, find
 from spa.engines.children import ort
 from spa.errors import UnsupportedModel
-from spa.trial import Trial, element_type, expected, tolerance_of, try_on
-from spa.trial_report import trial_data, trial_shown
+from spa.proof import check as checking
+from spa.tables.trial_report import trial_data, trial_shown
+from spa.timing.trial import Trial, element_type, expected, tolerance_of, try_on
 from tools import provider_report
 
 

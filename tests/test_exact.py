@@ -10,11 +10,11 @@ from test_trace import ints, net
 
 import spa
 from passes import drop_biases, replace_constants
-from spa.check import difference, run
 from spa.errors import NothingToPrune
 from spa.exact.basis import is_singular_basis, singular_basis
-from spa.feeds import draw
-from spa.store import load
+from spa.proof.check import difference, run
+from spa.proof.feeds import draw
+from spa.storage.store import load
 
 TOKENS = "float[2,6,12] x -> float[2,6,12] y"
 HALF = np.float32(0.5)
@@ -106,7 +106,7 @@ def equal(before: onnx.ModelProto, after: spa.Model) -> float:
 
 
 def stored(model: spa.Model) -> dict[str, np.ndarray]:
-    return {t.name: numpy_helper.to_array(t) for t in spa.store.to_proto(model).graph.initializer}
+    return {t.name: numpy_helper.to_array(t) for t in spa.storage.store.to_proto(model).graph.initializer}
 
 
 def why(model: onnx.ModelProto, **asked: object) -> str:
@@ -122,7 +122,7 @@ def test_all_rewrites_keep_the_function(make: object) -> None:
     assert {s.rewrite for s in result.done} == {"key bias", "value bias", "QK basis", "VO basis"}
     assert all(s.done for s in result.steps)
     assert equal(model, result.model) < 1e-5
-    again = why(spa.store.to_proto(result.model), drop_key_bias=True, fold_value_bias=True, singular_basis=True)
+    again = why(spa.storage.store.to_proto(result.model), drop_key_bias=True, fold_value_bias=True, singular_basis=True)
     assert "bias" in again  # there is none left, and the bases are found again
 
 

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 import spa
 from models import weightless
 from spa.errors import BadOption
-from spa.explain import dependency_graph, dot_text, explain, frozen_causes, path, printable_graph, site_name, sites_of
+from spa.graph.explain import dependency_graph, dot_text, explain, frozen_causes, path, printable_graph, site_name, sites_of
 
 ZOO = ["resnext.dynamo", "shufflenet.script", "swin.dynamo", "llama.dynamo", "recurrent.script", "unet.script"]
 

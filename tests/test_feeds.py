@@ -12,8 +12,8 @@ from test_trace import groups_of, ints, net
 import spa
 from spa.api import runnable
 from spa.errors import UnsupportedModel
-from spa.feeds import draw, free_batch, one_sample, shapes_to_try
-from spa.trace import Traced
+from spa.graph.trace import Traced
+from spa.proof.feeds import draw, free_batch, one_sample, shapes_to_try
 
 
 def traced(model: onnx.ModelProto, **settings: Any) -> Traced:

@@ -13,10 +13,10 @@ from onnx import parser
 from test_cli import refused, run
 
 import spa
-from spa.evidence import values
-from spa.finetune import Epoch, Finetuned
-from spa.trace import constant_values
-from spa.training import Samples, learned, moved, rate_at
+from spa.data.evidence import values
+from spa.graph.trace import constant_values
+from spa.learning.finetune import Epoch, Finetuned
+from spa.learning.training import Samples, learned, moved, rate_at
 
 torch = pytest.importorskip("torch", reason="torch is not installed (pip install 'spa-prune[torch]')")
 
@@ -51,7 +51,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     onnx.save(network(), "m.onnx")
     spa.prune("m.onnx", 0.5, multiple_of=1).save("small.onnx")
     x = np.random.default_rng(1).standard_normal((240, 2, 4, 4)).astype(np.float32)
-    y = spa.check.run(spa.load("m.onnx"), {"x": x})["y"].argmax(1)
+    y = spa.proof.check.run(spa.load("m.onnx"), {"x": x})["y"].argmax(1)
     np.savez("d.npz", x=x, labels=y)
     np.savez("plain.npz", x=x)
     return tmp_path
@@ -77,13 +77,13 @@ def test_training_makes_up_for_what_was_removed(folder: Path, teacher: str | Non
     assert (found.metric, found.dense) == ("accuracy", found.history[0].value if teacher is None else 100.0)
     assert found.best.value == max(e.value for e in found.history) > found.history[0].value
     assert [e.number for e in found.history] == [0, 1, 2, 3, 4]
-    judged = spa.check.run(found.model, batches()[5])["y"].argmax(1) == batches()[5]["labels"]
+    judged = spa.proof.check.run(found.model, batches()[5])["y"].argmax(1) == batches()[5]["labels"]
     assert found.best.value == pytest.approx(100 * np.mean([judged.mean(), _right(found, 4)]), abs=15)
 
 
 def _right(found: Finetuned, number: int) -> float:
     batch = batches()[number]
-    return float((spa.check.run(found.model, batch)["y"].argmax(1) == batch["labels"]).mean())
+    return float((spa.proof.check.run(found.model, batch)["y"].argmax(1) == batch["labels"]).mean())
 
 
 def test_a_teacher_needs_no_labels(folder: Path) -> None:

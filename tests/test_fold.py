@@ -11,13 +11,13 @@ from test_trace import ints, net
 
 import spa
 from spa.api import Analysis
-from spa.check import session
 from spa.criteria import Slice
 from spa.criteria.folding import distances, ward
-from spa.fold import Folded, fold, merged_variance
-from spa.plan import mask_of
-from spa.rewrite import rewrite
-from spa.store import Model, to_proto, with_graph
+from spa.plans.plan import mask_of
+from spa.plans.rewrite import rewrite
+from spa.proof.check import session
+from spa.repairs.fold import Folded, fold, merged_variance
+from spa.storage.store import Model, to_proto, with_graph
 
 IMAGE = "float[2,3,8,8] x -> float[2,5] y"
 

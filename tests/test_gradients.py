@@ -11,9 +11,9 @@ import onnx
 import pytest
 from test_trace import ints, net
 
-from spa import store
 from spa.errors import BadOption, UnsupportedModel
-from spa.gradients import activation_saliency, weight_saliency
+from spa.statistics.gradients import activation_saliency, weight_saliency
+from spa.storage import store
 
 torch = pytest.importorskip("torch", reason="torch is not installed (pip install 'spa-prune[torch]')")
 

@@ -72,7 +72,7 @@ def tied() -> onnx.ModelProto:
 
 
 def test_an_embedding_that_is_the_head_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["spa.normalize"], "SHARED", 100)  # the name spa.normalize is the function
+    monkeypatch.setattr(sys.modules["spa.graph.normalize"], "SHARED", 100)  # the name spa.normalize is the function
     assert sites(tied()) == {"t:1": "16: t:1 w1:0 w2:1", "w1:1": "8: w1:1 w2:0"}
 
 

@@ -17,7 +17,7 @@ import spa
 from models import weightless
 from spa.cli import app
 from spa.errors import BadOption
-from spa.kinds import KINDS, SIDES
+from spa.graph.kinds import KINDS, SIDES
 
 ROOT = Path(__file__).parents[1]
 GRAPHS = ROOT / "models" / "zoo"

@@ -11,9 +11,9 @@ from onnx import numpy_helper
 from test_trace import ints, net
 
 import spa
-from spa.linear import Layer, find_layers
-from spa.offsets import Missing, Offset, Offsets
-from spa.rows import extents, row_count, rows
+from spa.graph.linear import Layer, find_layers
+from spa.graph.offsets import Missing, Offset, Offsets
+from spa.statistics.rows import extents, row_count, rows
 
 
 def layers_of(model: onnx.ModelProto, **settings: Any) -> tuple[spa.Groups, list[Layer]]:
@@ -37,7 +37,7 @@ def drawn(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
 
 
 def ran(model: onnx.ModelProto, **feeds: np.ndarray) -> np.ndarray:
-    return spa.check.run(spa.load(model), feeds)["y"]
+    return spa.proof.check.run(spa.load(model), feeds)["y"]
 
 
 def close(found: np.ndarray, expected: np.ndarray) -> None:
@@ -341,7 +341,7 @@ def test_columns_that_go() -> None:
     gone = np.zeros(groups.total, bool)
     one, two = groups.by_name["w1:0"], groups.by_name["w2:0"]
     gone[one.start + 2] = gone[two.start + 1] = gone[two.start + 5] = True
-    kept = spa.groups.Kept(groups, gone)
+    kept = spa.graph.groups.Kept(groups, gone)
     assert not first.removed(kept).any()
     np.testing.assert_array_equal(second.removed(kept)[0], np.repeat(np.arange(8) == 2, 9))
     np.testing.assert_array_equal(third.removed(kept)[0], np.repeat(np.isin(np.arange(6), [1, 5]), 4))
@@ -360,7 +360,7 @@ def test_parts_that_go_as_a_whole_lose_nothing() -> None:
     for size, expected in ((4, 0), (2, 4)):
         gone = np.zeros(groups.total, bool)
         gone[sizes[size].start] = True
-        kept = spa.groups.Kept(groups, gone)
+        kept = spa.graph.groups.Kept(groups, gone)
         assert depthwise.removed(kept).sum() == 0
         assert grouped.removed(kept).sum() == expected
         assert last.removed(kept).sum() == (3 if size == 4 else 0)

@@ -11,8 +11,8 @@ from onnx import numpy_helper
 from test_trace import ints, net
 
 import spa
-from spa.check import run
-from spa.store import to_bytes, with_graph
+from spa.proof.check import run
+from spa.storage.store import to_bytes, with_graph
 
 
 def masked_output(model: onnx.ModelProto, site: tuple[str, int], removed: list[int], x: np.ndarray) -> np.ndarray:

@@ -14,12 +14,12 @@ from test_choose import chain
 from test_trace import groups_of, net
 
 import spa
-from spa.adaptive import adaptive
-from spa.choose import Options, choose
+from spa.budgets.adaptive import adaptive
+from spa.criteria.score import Scores
+from spa.criteria.views import Data
 from spa.errors import BadOption
-from spa.score import Scores
-from spa.spread import log_shares
-from spa.views import Data
+from spa.plans.choose import Options, choose
+from spa.plans.spread import log_shares
 
 Array = np.ndarray
 

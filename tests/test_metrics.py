@@ -13,10 +13,10 @@ import pytest
 from test_trace import net
 
 import spa
+from spa.budgets.metrics import METRICS, find_metric, measure
+from spa.budgets.quality import first, judge, measured_losses, rungs_to_measure, split
+from spa.data.evidence import Evidence
 from spa.errors import BadOption
-from spa.evidence import Evidence
-from spa.metrics import METRICS, find_metric, measure
-from spa.quality import first, judge, measured_losses, rungs_to_measure, split
 
 RNG = np.random.default_rng(0)
 FOUND, DENSE = RNG.standard_normal((20, 6)), RNG.standard_normal((20, 6))

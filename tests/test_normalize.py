@@ -8,8 +8,8 @@ import pytest
 from test_trace import ints, net
 
 import spa
-from spa.check import run
-from spa.store import to_bytes
+from spa.proof.check import run
+from spa.storage.store import to_bytes
 
 SHUFFLE = "a = Conv(x, w1, b) b1 = Reshape(a, s) c = Transpose<perm=[0,2,1,3,4]>(b1) d = Reshape(c, t) y = Conv(d, w2, b)"
 

@@ -13,9 +13,9 @@ from test_trace import ints, net
 
 import spa
 from spa.errors import BadOption, UnsupportedModel
-from spa.linear import Layer, find_layers
-from spa.observe import ROWS_A_COLUMN, Gram, Vectors, draw_rows, observe, parts_of, passes_of, stream
-from spa.rows import row_count
+from spa.graph.linear import Layer, find_layers
+from spa.statistics.observe import ROWS_A_COLUMN, Gram, Vectors, draw_rows, observe, parts_of, passes_of, stream
+from spa.statistics.rows import row_count
 
 BODY = "h = MatMul(x, w1) r = Relu(h) a = MatMul(r, w2) b = MatMul(r, w3) c = Concat <axis=-1> (a, b) y = MatMul(c, w4)"
 
@@ -24,7 +24,7 @@ def model() -> onnx.ModelProto:
     return net("float[n,6] x -> float[n,5] y", BODY, w1=(6, 12), w2=(12, 4), w3=(12, 3), w4=(7, 5))
 
 
-def analysed(given: onnx.ModelProto) -> tuple[spa.store.Model, spa.Groups, list[Layer]]:
+def analysed(given: onnx.ModelProto) -> tuple[spa.storage.store.Model, spa.Groups, list[Layer]]:
     analysis = spa.analyze(given)
     return analysis.normal.model, analysis.groups, list(find_layers(analysis.groups))
 
@@ -36,7 +36,7 @@ def expected(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_moments_are_those_of_the_rows(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr("spa.observe.ROWS_A_COLUMN", 1e9)
+    monkeypatch.setattr("spa.statistics.observe.ROWS_A_COLUMN", 1e9)
     whole, before = case(name)
     data = batches(KINDS[name][0], 3)
     running, groups, layers = analysed(whole)
@@ -175,7 +175,7 @@ def test_drawn_rows_tell_nearly_the_same() -> None:
     data = batches((4, 3, 40, 40), 3)
     ((_, ((_, drawn),)),) = observe(running, groups, [layer], data, count=3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("spa.observe.ROWS_A_COLUMN", 1e9)
+        patch.setattr("spa.statistics.observe.ROWS_A_COLUMN", 1e9)
         ((_, ((_, every),)),) = observe(running, groups, [layer], data, count=3)
     assert drawn.count < every.count / 3
     assert np.abs(drawn.covariance - every.covariance).max() < 0.2 * np.abs(every.covariance).max()

@@ -14,7 +14,7 @@ import onnxruntime as ort
 import pytest
 
 import spa
-from spa.store import to_proto
+from spa.storage.store import to_proto
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.slow

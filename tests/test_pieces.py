@@ -14,11 +14,15 @@ from typer.testing import CliRunner
 import spa
 from models.llama import LlamaConfig, llama_graph, write_llama
 from passes import Weight, Widened
-from spa import api, observe, parallel, pieces, share, stepper
+from spa import api
 from spa.cli import app
 from spa.errors import CheckFailed
-from spa.feeds import draw
-from spa.plan import mask_of
+from spa.plans.plan import mask_of
+from spa.proof import pieces
+from spa.proof.feeds import draw
+from spa.statistics import observe, stepper
+from spa.sweeps import parallel
+from spa.timing import share
 
 PIECE = 50_000  # bytes: a layer of the network below has 146 kB
 HALF = LlamaConfig(layers=3, float16=True)

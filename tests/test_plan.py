@@ -14,8 +14,8 @@ from test_trace import ints, net
 
 import spa
 from spa.errors import BadFile, BadPlan
-from spa.plan import graph_sha256, mask_of
-from spa.shapes import infer
+from spa.graph.shapes import infer
+from spa.plans.plan import graph_sha256, mask_of
 
 BODY = "a = Conv(x, w1, b) n = Relu(a) c = Conv(n, w2, b) d = Reshape(c, s) y = Gemm<transB=1>(d, w3)"
 

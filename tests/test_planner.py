@@ -16,20 +16,20 @@ from test_properties import network
 from test_trace import net
 
 import spa
-from spa import latency
-from spa.budget import Budget
-from spa.choose import Options, find_space, lowest
-from spa.costs import CostModel
-from spa.cutting import cut
+from spa.budgets import latency
+from spa.budgets.budget import Budget
+from spa.budgets.costs import CostModel
+from spa.budgets.latency import Clock, LatencyModel, Times, latency_model
+from spa.budgets.planner import Planner
+from spa.budgets.segments import digest, find_segments
+from spa.data.evidence import Evidence
 from spa.engines import find
 from spa.engines.table import Settings
 from spa.errors import BadOption
-from spa.evidence import Evidence
-from spa.feeds import one_sample
-from spa.latency import Clock, LatencyModel, Times, latency_model
-from spa.plan import mask_of
-from spa.planner import Planner
-from spa.segments import digest, find_segments
+from spa.plans.choose import Options, find_space, lowest
+from spa.plans.cutting import cut
+from spa.plans.plan import mask_of
+from spa.proof.feeds import one_sample
 
 
 def layered() -> onnx.ModelProto:
@@ -118,7 +118,7 @@ def test_auto_takes_what_loses_least_on_held_out_data(folder: Path) -> None:
     assert best.startswith(found["budget"]["allocation"])
     assert (" by " not in best) or best.partition(" by ")[2] in found["budget"]["losses"]
     held = np.load("d.npz")["x"][-32:]  # the second of two batches: nothing was fitted on it
-    dense, small = (spa.check.session(spa.load(m)).run(None, {"x": held})[0].astype(float) for m in ("m.onnx", "auto.onnx"))
+    dense, small = (spa.proof.check.session(spa.load(m)).run(None, {"x": held})[0].astype(float) for m in ("m.onnx", "auto.onnx"))
     assert compared[best] == pytest.approx(((small - dense) ** 2).sum() / (dense**2).sum(), rel=1e-3)
 
 
@@ -126,7 +126,7 @@ def test_labels_say_that_outputs_are_classes(folder: Path) -> None:
     """Then losses are distances of probabilities, which do not change if all outputs shift alike."""
     found = done("prune", "m.onnx", "-o", "s.onnx", "--target", "macs=0.4", "--calibration", "d.npz", "--labels", "labels", *QUICK)
     held = np.load("d.npz")["x"][-32:]
-    dense, small = (spa.check.session(spa.load(m)).run(None, {"x": held})[0].astype(float) for m in ("m.onnx", "s.onnx"))
+    dense, small = (spa.proof.check.session(spa.load(m)).run(None, {"x": held})[0].astype(float) for m in ("m.onnx", "s.onnx"))
     p, q = (np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in (dense, small))
     assert min(found["budget"]["compared"].values()) == pytest.approx((p * np.log(p / q)).sum(1).mean(), rel=1e-2)
 
@@ -167,7 +167,7 @@ def test_a_drop_is_measured_and_kept(folder: Path) -> None:
     assert dense == 100
     assert 80 <= small < 100
     assert found["budget"]["evaluated"] == 32
-    outputs = [spa.check.session(spa.load(m)).run(None, {"x": drawn(32, 1)["x"]})[0].argmax(1) for m in ("m.onnx", "s.onnx")]
+    outputs = [spa.proof.check.session(spa.load(m)).run(None, {"x": drawn(32, 1)["x"]})[0].argmax(1) for m in ("m.onnx", "s.onnx")]
     assert 100 * (outputs[0] == outputs[1]).mean() == pytest.approx(small)
     less = done("prune", "m.onnx", "-o", "t.onnx", "--max-drop", "5", *options)
     assert less["after"]["macs"] >= found["after"]["macs"]
@@ -216,8 +216,8 @@ def test_channels_are_scored_anew_after_each_step() -> None:
 
     def error(steps: int) -> float:
         found = spa.prune(model, 0.5, criterion="obspa", calibration=data, repair="obspa", multiple_of=1, steps=steps)
-        small = spa.check.session(found.model).run(None, {"x": x})[0]
-        dense = spa.check.session(spa.load(model)).run(None, {"x": x})[0]
+        small = spa.proof.check.session(found.model).run(None, {"x": x})[0]
+        dense = spa.proof.check.session(spa.load(model)).run(None, {"x": x})[0]
         return float(((small - dense) ** 2).sum() / (dense**2).sum())
 
     assert error(8) < 1e-3 < 0.02 < error(1)  # so many that one channel goes at a time
@@ -357,11 +357,11 @@ def test_segments_compute_what_the_model_computes_dense_and_pruned() -> None:
         model = cut(analysis, lowest(groups, scores, kept)).model if kept else analysis.normal.model
         fed = one_sample(groups.traced, {"x": drawn(2)["x"]})
         parts = latency._Parts(model, find_segments(groups), groups.traced.facts.types, fed)
-        whole = spa.check.run(model, fed)
+        whole = spa.proof.check.run(model, fed)
         keys = set()
         for i, segment in enumerate(find_segments(groups)):
             part, inputs = parts.part(i)
-            found = spa.check.run(part, inputs)
+            found = spa.proof.check.run(part, inputs)
             keys.add(digest(part, inputs))
             for name in segment.outputs:
                 np.testing.assert_allclose(found[name], whole.get(name, parts.values.get(name)), rtol=1e-4, atol=1e-5)

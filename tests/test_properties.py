@@ -14,9 +14,9 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper, shape_inference
 
 import spa
 from spa.api import prove
-from spa.costs import CostModel
-from spa.rewrite import rewrite
-from spa.store import load, to_bytes, to_proto, with_graph
+from spa.budgets.costs import CostModel
+from spa.plans.rewrite import rewrite
+from spa.storage.store import load, to_bytes, to_proto, with_graph
 
 Shape = tuple[int, ...]
 Step = tuple[int, int, int]

@@ -14,10 +14,10 @@ from test_trace import groups_of
 from typer.testing import CliRunner
 
 import spa
-from spa.choose import Options, find_space
 from spa.cli import app
 from spa.errors import BadFile, BadOption
-from spa.protect import parsed, read_protect
+from spa.plans.choose import Options, find_space
+from spa.plans.protect import parsed, read_protect
 
 
 def kept_of(plan: spa.Plan, name: str, size: int) -> set[int]:

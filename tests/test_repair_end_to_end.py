@@ -20,12 +20,12 @@ from repair_cases import (
 from test_trace import net
 
 import spa
-from spa.check import run
 from spa.errors import BadOption
-from spa.repair import RepairOptions, repair
-from spa.rewrite import rewrite
-from spa.stepper import tapped
-from spa.store import with_graph
+from spa.plans.rewrite import rewrite
+from spa.proof.check import run
+from spa.repairs.repair import RepairOptions, repair
+from spa.statistics.stepper import tapped
+from spa.storage.store import with_graph
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -81,7 +81,7 @@ def test_repair_wants_data() -> None:
 @pytest.mark.parametrize("inputs", ["dense", "pruned"])
 def test_a_tied_weight_stays_as_it_is(inputs: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One table is embedding and head: fitting the head would change what tokens mean, so only a constant is fitted, and it says so."""
-    monkeypatch.setattr(sys.modules["spa.normalize"], "SHARED", 0)
+    monkeypatch.setattr(sys.modules["spa.graph.normalize"], "SHARED", 0)
     rng = np.random.default_rng(5)
     table, w = rng.standard_normal((20, 16)).astype(np.float32), rng.standard_normal((16, 16)).astype(np.float32)
     graph = parser.parse_graph("g (int64[n,4] ids) => (float[n,4,20] y) { e = Gather(table, ids) h = MatMul(e, w) r = Relu(h) "

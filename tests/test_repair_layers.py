@@ -25,10 +25,10 @@ from repair_cases import (
 from test_trace import net
 
 import spa
-from spa.groups import Kept
-from spa.linear import find_layers
-from spa.observe import parts_of
-from spa.offsets import Offset, Offsets
+from spa.graph.groups import Kept
+from spa.graph.linear import find_layers
+from spa.graph.offsets import Offset, Offsets
+from spa.statistics.observe import parts_of
 
 # ------------------------------------------------------------------------------------------------ each kind of layer
 
@@ -165,7 +165,7 @@ def test_layers_that_are_solved_in_blocks(monkeypatch: pytest.MonkeyPatch, input
         assert len(set(wide.channels[0][block.columns])) == 8
     data, held_out = batches(shape), batches(shape, seed=7)
     whole = error(fixed(model, heads_and_channels, data, inputs=inputs), model, held_out)
-    for module in ("spa.observe", "spa.mending"):
+    for module in ("spa.statistics.observe", "spa.repairs.mending"):
         monkeypatch.setattr(f"{module}.parts_of", functools.partial(parts_of, largest=24))
     bias, blocks = (error(fixed(model, heads_and_channels, data, method=m, inputs=inputs), model, held_out) for m in ("bias", "obspa"))
     assert whole < blocks < bias

@@ -26,10 +26,10 @@ from test_trace import ints, net
 
 import spa
 from spa.errors import BadOption
-from spa.groups import Kept
-from spa.linear import find_layers
-from spa.repair import RepairOptions, repair
-from spa.store import to_bytes, to_proto
+from spa.graph.groups import Kept
+from spa.graph.linear import find_layers
+from spa.repairs.repair import RepairOptions, repair
+from spa.storage.store import to_bytes, to_proto
 
 # ------------------------------------------------------------------------------------------------ whole networks
 
@@ -145,7 +145,7 @@ def test_half_precision_is_fitted_in_full_and_rounded_once(kind: str, inputs: st
 
 
 def test_a_weight_that_is_read_twice_gets_the_joint_solution(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["spa.normalize"], "SHARED", 0)
+    monkeypatch.setattr(sys.modules["spa.graph.normalize"], "SHARED", 0)
     body = "h = MatMul(x, w1) r = Relu(h) k = MatMul(x, w2) q = Sigmoid(k) a = MatMul(r, w) b = MatMul(q, w) y = Concat <axis=1> (a, b)"
     model = net("float[200,6] x -> float[200,8] y", body, w1=(6, 12), w2=(6, 12), w=(12, 4))
     data = batches((200, 6))
@@ -167,7 +167,7 @@ def test_a_weight_that_is_read_twice_gets_the_joint_solution(monkeypatch: pytest
 
 @pytest.mark.parametrize("inputs", ["dense", "pruned"])
 def test_a_bias_that_others_read_stays(monkeypatch: pytest.MonkeyPatch, inputs: str) -> None:
-    monkeypatch.setattr(sys.modules["spa.normalize"], "SHARED", 0)
+    monkeypatch.setattr(sys.modules["spa.graph.normalize"], "SHARED", 0)
     body = "h = MatMul(x, w1) r = Relu(h) m = MatMul(r, w) a = Add(m, b) n = MatMul(x, w3) e = Add(n, b) y = Concat <axis=1> (a, e)"
     model = net("float[200,6] x -> float[200,8] y", body, w1=(6, 12), w=(12, 4), w3=(6, 4), b=(4,))
     data = batches((200, 6))

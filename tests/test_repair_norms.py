@@ -23,9 +23,9 @@ from repair_cases import (
 )
 
 import spa
-from spa.evidence import adapted, channel_moments, gather, stored_norms, transplanted, values
-from spa.repair import Repaired, RepairOptions, repair
-from spa.store import to_proto
+from spa.data.evidence import adapted, channel_moments, gather, stored_norms, transplanted, values
+from spa.repairs.repair import Repaired, RepairOptions, repair
+from spa.storage.store import to_proto
 
 
 def moments_before(model: onnx.ModelProto, feeds: Sequence[Feeds]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -140,5 +140,5 @@ def test_the_model_that_is_run_is_the_one_that_is_repaired(inputs: str) -> None:
         np.testing.assert_allclose(weights_of(found.model)[name], array, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-def fixed_of(model: spa.store.Model, groups: spa.Groups, data: Sequence[Feeds], inputs: str) -> Repaired:
+def fixed_of(model: spa.storage.store.Model, groups: spa.Groups, data: Sequence[Feeds], inputs: str) -> Repaired:
     return repair(model, groups, gone_where(groups, part=0.34), data, RepairOptions(inputs=inputs, norms=True))

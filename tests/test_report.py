@@ -19,13 +19,13 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from models import weightless
-from spa import report
-from spa.bench import Lap, Race
-from spa.check import Check, Difference
 from spa.cli import app
-from spa.count import Counts
-from spa.explain import Cause
-from spa.plan import Plan
+from spa.graph.count import Counts
+from spa.graph.explain import Cause
+from spa.plans.plan import Plan
+from spa.proof.check import Check, Difference
+from spa.tables import report
+from spa.timing.bench import Lap, Race
 
 GOLDEN = Path(__file__).parent / "golden"
 GRAPHS = [

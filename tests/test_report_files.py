@@ -14,10 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 from test_cli import convnet, refused, run
 
 import spa
-from spa.bench import Lap, Race
-from spa.plan import mask_of
-from spa.repair import LayerRepair, Repaired
-from spa.report import amount
+from spa.plans.plan import mask_of
+from spa.repairs.repair import LayerRepair, Repaired
 from spa.reporting import check_report, report_data
 from spa.reporting.files import WRITERS
 from spa.reporting.folding import MOST, Block, _joined, folded, scopes
@@ -25,6 +23,8 @@ from spa.reporting.html import as_html
 from spa.reporting.layout import GAP, arrange
 from spa.reporting.markdown import as_json, as_markdown, code, prose
 from spa.reporting.picture import picture
+from spa.tables.report import amount
+from spa.timing.bench import Lap, Race
 
 EVIL = [
     "<script>alert(1)</script>", "</script><script>alert(2)</script>", "\"><img src=x onerror=alert(3)>", "' onmouseover='alert(4)", "<!--",

@@ -13,7 +13,7 @@ from test_trace import ints, net
 
 import spa
 from spa.errors import SpaError
-from spa.store import to_bytes
+from spa.storage.store import to_bytes
 
 
 def pruned(model: onnx.ModelProto, **options: Any) -> onnx.ModelProto:
@@ -88,7 +88,7 @@ def test_computed_shapes_are_patched() -> None:
     small = pruned(model)
     assert sizes(small)["w1"] == (16, 12)
     assert [n.op_type for n in small.graph.node].count("ScatterElements") == 2
-    session = spa.check.session(spa.load(small))
+    session = spa.proof.check.session(spa.load(small))
     assert session.run(None, {"x": np.ones((3, 5, 16), np.float32)})[0].shape == (3, 5, 16)
 
 
@@ -103,7 +103,7 @@ def test_batch_times_heads() -> None:
     heads = next(g.name for g in analysis.groups.free() if g.size == 4)
     small = pruned(model, include=[heads])
     assert sizes(small)["w1"] == (16, 12)
-    session = spa.check.session(spa.load(small))
+    session = spa.proof.check.session(spa.load(small))
     assert session.run(None, {"x": np.ones((3, 7, 16), np.float32)})[0].shape == (3, 7, 16)
 
 

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 import spa
 from spa import cli
-from spa.check import run
 from spa.errors import BadOption
-from spa.stream import NotTurnable
+from spa.exact.stream import NotTurnable
+from spa.proof.check import run
 
 IDS, WIDTH, RANK, LENGTH = 24, 8, 4, 6
 IDS_FED = [{"ids": np.random.default_rng(i).integers(0, IDS, (2, LENGTH))} for i in range(4)]
@@ -123,12 +123,12 @@ def test_the_mean_that_is_taken_off_costs_no_position() -> None:
 
 
 def test_a_tied_table_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["spa.normalize"], "SHARED", 64)
+    monkeypatch.setattr(sys.modules["spa.graph.normalize"], "SHARED", 64)
     model = Net("RMSNorm in steps", tied=True).model()
     turned = spa.rotated(model, IDS_FED)
     assert turned.check is not None
     assert turned.check.worst < 1e-5
-    held = [t for t in spa.store.to_proto(turned.model).graph.initializer if list(t.dims) in ([IDS, WIDTH], [WIDTH, IDS])]
+    held = [t for t in spa.storage.store.to_proto(turned.model).graph.initializer if list(t.dims) in ([IDS, WIDTH], [WIDTH, IDS])]
     assert len(held) == 1
     small = spa.prune(turned.model, 0.5, criterion="position", include=[turned.group])
     assert small.check is not None

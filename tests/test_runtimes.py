@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 
 import spa
 from spa import cli
-from spa.check import difference, run
 from spa.engines import Settings, find
 from spa.engines.pinned import fixed_shapes, pin
 from spa.errors import BadOption, UnsupportedModel
-from spa.store import load, to_proto
+from spa.proof.check import difference, run
+from spa.storage.store import load, to_proto
 
 HERE = ("openvino-native", "mnn", "ncnn", "tract")  # share this environment
 ELSEWHERE = ("litert", "node", "node-wasm", "browser-wasm", "browser-webgpu")  # need one of their own

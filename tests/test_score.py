@@ -14,7 +14,7 @@ import spa
 from spa import criteria
 from spa.criteria import registry
 from spa.errors import BadModel, BadOption
-from spa.sums import _magnitudes
+from spa.statistics.sums import _magnitudes
 
 
 def model() -> onnx.ModelProto:
@@ -48,7 +48,7 @@ def test_l1_and_l2_over_the_whole_group() -> None:
 @pytest.mark.parametrize("criterion", ["l1", "l2"])
 def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch, block: int, criterion: str) -> None:
     whole = scores_of(model(), criterion, "w1:0")
-    monkeypatch.setattr(sys.modules["spa.sums"], "BLOCK", block)
+    monkeypatch.setattr(sys.modules["spa.statistics.sums"], "BLOCK", block)
     assert np.allclose(scores_of(model(), criterion, "w1:0"), whole, rtol=1e-6)
 
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_solve import correlated, moments
 
+from spa.criteria.select import Layer, _Exchange, _System, errors, greedy, swap, total_error
 from spa.errors import BadOption
-from spa.select import Layer, _Exchange, _System, errors, greedy, swap, total_error
-from spa.solve import Moments, bias, damped, obspa, residual
+from spa.repairs.solve import Moments, bias, damped, obspa, residual
 
 seeds = st.integers(0, 10_000)
 

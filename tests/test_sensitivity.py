@@ -14,8 +14,8 @@ from test_cli import convnet, frozen_net, refused, run
 from test_sweep import folder  # noqa: F401
 
 import spa
-from spa import share
-from spa.sensitivity import layers_of
+from spa.budgets.sensitivity import layers_of
+from spa.timing import share
 
 DATA = ("--calibration", "d.npz", "--multiple-of", "1")
 

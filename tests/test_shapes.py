@@ -12,8 +12,8 @@ from test_trace import ints, net
 
 import spa
 from spa.errors import BadModel, BadOption
-from spa.shapes import Facts, infer, with_new_constants
-from spa.view import constant_of, dtype_is_float, opset_of, stored, type_of, view
+from spa.graph.shapes import Facts, infer, with_new_constants
+from spa.graph.view import constant_of, dtype_is_float, opset_of, stored, type_of, view
 
 
 def facts_of(model: onnx.ModelProto, **inputs: Any) -> Facts:

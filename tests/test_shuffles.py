@@ -20,7 +20,7 @@ def model(body: str, *sizes: int, outs: str = "float[2,6,2,2] y"):
 
 def run_pass(made) -> tuple[int, list[str], object]:
     graph = graph_of(made)
-    shapes = spa.shapes.infer(spa.load(made).graph).shapes
+    shapes = spa.graph.shapes.infer(spa.load(made).graph).shapes
     return gather_shuffles(graph, shapes), ops(graph), graph
 
 

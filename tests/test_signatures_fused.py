@@ -14,8 +14,8 @@ from test_signatures_more import MICROSOFT, F, case, index, ints
 from test_trace import net
 
 import spa
-from spa.rewrite import rewrite
-from spa.store import load
+from spa.plans.rewrite import rewrite
+from spa.storage.store import load
 
 
 def i32(*values: Any) -> np.ndarray:

@@ -12,8 +12,8 @@ from signature_cases import Case, Outcome, examine, on_runtime, trace_case, with
 from test_trace import net
 
 import spa
-from spa.rewrite import rewrite
-from spa.store import load, to_proto, with_graph
+from spa.plans.rewrite import rewrite
+from spa.storage.store import load, to_proto, with_graph
 
 MICROSOFT = "com.microsoft"
 F = np.float32

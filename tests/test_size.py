@@ -13,7 +13,7 @@ import pytest
 import spa
 from models.llama import LlamaConfig, write_llama
 from spa.errors import BadFile
-from spa.spill import Spill
+from spa.storage.spill import Spill
 from tools.bench_size import measured
 
 FORTY = LlamaConfig(1, 1024, 8, 2, 2816, 4000, float16=True)  # MB

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spa.errors import BadOption
-from spa.solve import Moments, affine, backward, bias, damped, dead, drop, factor, forward, invert, obspa, refit, residual
+from spa.repairs.solve import Moments, affine, backward, bias, damped, dead, drop, factor, forward, invert, obspa, refit, residual
 
 
 def moments(x: np.ndarray) -> Moments:

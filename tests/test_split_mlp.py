@@ -16,7 +16,7 @@ from passes import split_branches
 from spa.errors import BadOption
 from spa.exact.experts import branch_of, find_mlps
 from spa.exact.flow import Flow
-from spa.store import load, to_bytes, to_proto
+from spa.storage.store import load, to_bytes, to_proto
 
 
 def gated() -> onnx.ModelProto:

@@ -15,11 +15,11 @@ from test_cli import run as command
 from test_trace import groups_of, ints, net, reason
 
 import spa
-from spa.binding import Binding
-from spa.feeds import Feeds
-from spa.prove import runnable
-from spa.state import State, composed, feeds_for
-from spa.store import load
+from spa.graph.binding import Binding
+from spa.graph.state import State, composed, feeds_for
+from spa.proof.feeds import Feeds
+from spa.proof.prove import runnable
+from spa.storage.store import load
 
 HEADS, WIDTH = 4, 6
 PAST = f"float[n,{HEADS},p,{WIDTH}]"
@@ -195,13 +195,13 @@ def test_both_sides_shrink_and_the_proof_holds() -> None:
 
 
 def test_a_wrong_slice_of_the_past_fails_the_proof(monkeypatch: pytest.MonkeyPatch) -> None:
-    import spa.cutting
+    import spa.plans.cutting
 
     def other(*args: Any) -> Any:
         return {n: {a: (k + 1) % 4 for a, k in axes.items()} for n, axes in narrowed(*args).items()}
 
-    narrowed = spa.cutting.narrowed_inputs
-    monkeypatch.setattr(spa.cutting, "narrowed_inputs", other)
+    narrowed = spa.plans.cutting.narrowed_inputs
+    monkeypatch.setattr(spa.plans.cutting, "narrowed_inputs", other)
     with pytest.raises(spa.errors.CheckFailed, match="Removing and masking differ"):
         halved()
 

@@ -11,11 +11,11 @@ from onnx import numpy_helper
 from test_trace import ints, net
 
 import spa
+from spa.data.evidence import put
 from spa.errors import UnsupportedModel
-from spa.evidence import put
-from spa.rewrite import copy_graph
-from spa.stepper import Stepper, tapped
-from spa.store import Model, to_proto, with_graph
+from spa.plans.rewrite import copy_graph
+from spa.statistics.stepper import Stepper, tapped
+from spa.storage.store import Model, to_proto, with_graph
 
 BODY = """a = Conv <pads=[1,1,1,1]> (x, w1) r = Relu(a) b = Conv(r, w2) c = Conv(r, w3) d = Sigmoid(c) e = Mul(b, d)
   s, t = Split <axis=1> (e, sizes) u = Concat <axis=1> (t, r, s) v = Add(u, z) f = Flatten(v) g = MatMul(f, w4) y = Relu(g)"""
@@ -43,7 +43,7 @@ def plain(model: onnx.ModelProto, batches: list[dict[str, np.ndarray]], names: l
     whole.CopyFrom(model)
     del whole.graph.output[:]
     whole.graph.output.extend(onnx.helper.make_empty_tensor_value_info(n) for n in names)
-    session = spa.check.session(spa.load(whole), threads=1)
+    session = spa.proof.check.session(spa.load(whole), threads=1)
     return [dict(zip(names, session.run(None, b), strict=True)) for b in batches]
 
 
@@ -85,13 +85,13 @@ def test_only_what_later_nodes_read_is_held() -> None:
 
 def test_nothing_is_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
-    real = spa.stepper.session
+    real = spa.statistics.stepper.session
 
     def noted(model: Model, **options: int) -> object:
         ran.extend(n.outputs[0].name for n in model.graph.nodes)
         return real(model, **options)
 
-    monkeypatch.setattr("spa.stepper.session", noted)
+    monkeypatch.setattr("spa.statistics.stepper.session", noted)
     with Stepper(*opened(branching()), feeds(), threads=1) as stepper:
         for name in EVERY:
             stepper.step([name])

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 from store_cases import rich_model, small_model
 
-from spa import errors, store, wire
+from spa import errors
 from spa.errors import SpaError
+from spa.storage import store, wire
 
 
 def fuzzed_model():

@@ -13,8 +13,8 @@ import pytest
 from onnx import helper, numpy_helper
 from store_cases import FLOAT, model_of, small_model, value, write
 
-from spa import store
 from spa.errors import BadFile, BadModel, BadOption, UnsupportedModel
+from spa.storage import store
 
 # ------------------------------------------------------------------------------------------------------- bad input
 

@@ -14,8 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 from store_cases import FLOAT, RNG, model_of, rich_model, small_model, value, write
 
 from passes.weights import Weight
-from spa import store
 from spa.errors import BadModel, UnsupportedModel
+from spa.storage import store
 
 
 def all_tensors(model):

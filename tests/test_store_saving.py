@@ -15,8 +15,8 @@ from onnx import TensorProto, helper
 from store_cases import FLOAT, model_of, small_model, value, write
 
 from passes.weights import Weight
-from spa import files, store
 from spa.errors import BadFile, BadOption
+from spa.storage import files, store
 
 ROOT = Path(__file__).parents[1]
 
@@ -101,7 +101,7 @@ def test_results_may_be_read_by_whom_the_umask_lets(tmp_path):
 _MEASURE = """
 import resource, sys
 import numpy as np
-from spa import store
+from spa.storage import store
 import onnx, onnx.inliner
 
 def peak():

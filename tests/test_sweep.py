@@ -21,12 +21,14 @@ from repair_cases import drawn
 from test_cli import convnet, refused, run
 
 import spa
-from spa import files, parallel, share
 from spa.commands.sweep import listed, targets_of
-from spa.pareto import pareto
-from spa.points import Point, Setting, Sweep, grid
-from spa.sweep_folder import LOCK
-from spa.sweep_report import csv_text, sweep_data, tables
+from spa.storage import files
+from spa.sweeps import parallel
+from spa.sweeps.pareto import pareto
+from spa.sweeps.points import Point, Setting, Sweep, grid
+from spa.sweeps.sweep_folder import LOCK
+from spa.tables.sweep_report import csv_text, sweep_data, tables
+from spa.timing import share
 
 DATA = ("--calibration", "d.npz", "--multiple-of", "1")
 GRID = ("--ratio", "0.25,0.5", "--target", "macs=0.3,0.5", "--criterion", "l2,flap", "--repair", "none,obspa", "--allocation",
@@ -427,7 +429,7 @@ def test_workers_give_the_same(folder: Path) -> None:
 
 
 def _threads(_: Any) -> int:
-    return spa.share.own_threads()
+    return spa.timing.share.own_threads()
 
 
 @pytest.mark.skipif(share.cores() < 2, reason="one core")

@@ -13,13 +13,13 @@ from onnx import numpy_helper
 from test_trace import net
 
 from spa.api import Analysis, analyze
-from spa.calibration import calibration
-from spa.check import session
+from spa.data.calibration import calibration
+from spa.data.evidence import adapted
+from spa.data.synthesis import mismatch, synthesize
 from spa.errors import BadOption, UnsupportedModel
-from spa.evidence import adapted
-from spa.feeds import Feeds
-from spa.store import to_proto
-from spa.synthesis import mismatch, synthesize
+from spa.proof.check import session
+from spa.proof.feeds import Feeds
+from spa.storage.store import to_proto
 
 pytest.importorskip("torch", reason="torch is not installed (pip install 'spa-prune[torch]')")
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from spa.errors import BadFile, BadOption, SpaError
-from spa.tokenizer_file import read_tokenizer, verify
+from spa.vocabularies.tokenizer_file import read_tokenizer, verify
 
 tokenizers = pytest.importorskip("tokenizers")
 

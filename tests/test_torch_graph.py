@@ -18,11 +18,11 @@ from test_trace import ints, net
 
 import spa
 from models import weightless
-from spa import store
-from spa.check import difference, run
 from spa.errors import BadOption, UnsupportedModel
-from spa.feeds import draw
-from spa.torch_graph import TorchGraph
+from spa.proof.check import difference, run
+from spa.proof.feeds import draw
+from spa.statistics.torch_graph import TorchGraph
+from spa.storage import store
 from spa.torch_ops import TABLE
 
 torch = pytest.importorskip("torch", reason="torch is not installed (pip install 'spa-prune[torch]')")
@@ -283,7 +283,8 @@ def test_what_is_refused_is_said_in_one_sentence() -> None:
 def test_torch_is_imported_late_and_missed_politely() -> None:
     code = (
         "import sys, onnx; sys.modules['torch'] = None\n"
-        "from spa import store; from spa.torch_graph import TorchGraph; from spa.errors import SpaError; import spa.gradients\n"
+        "from spa.storage import store; from spa.statistics.torch_graph import TorchGraph; from spa.errors import SpaError\n"
+        "import spa.statistics.gradients\n"
         "model = onnx.parser.parse_model('<ir_version: 8, opset_import: [\"\" : 17]> g (float[2] x) => (float[2] y) { y = Relu(x) }')\n"
         "try: TorchGraph(store.load(model).graph)\n"
         "except SpaError as error: print(error)"

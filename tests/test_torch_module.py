@@ -97,7 +97,7 @@ def test_the_smaller_module_gives_what_the_file_gives(name: str, repair: str, tm
     result = spa.prune(path, 0.5, calibration=[{"x": x}], repair=repair, multiple_of=1, **units)
     result.save(tmp_path / "small.onnx")
     small = spa.apply_to_torch(module, result.plan, path, pruned=tmp_path / "small.onnx" if repair != "none" else None)
-    expected = spa.check.run(result.model, {"x": x})
+    expected = spa.proof.check.run(result.model, {"x": x})
     np.testing.assert_allclose(given(small, x), next(iter(expected.values())), rtol=1e-3, atol=1e-4)
     assert sum(p.numel() for p in small.parameters()) < 0.8 * sum(p.numel() for p in module.parameters())
     assert type(small) is type(module)

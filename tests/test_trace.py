@@ -130,9 +130,9 @@ def test_fixed_dims_say_why(body: str, held: str) -> None:
 
 def test_tracing_mutates_nothing_and_repeats() -> None:
     normal = spa.normalize(spa.load(chain()))
-    before = spa.store.to_bytes(normal.model)
+    before = spa.storage.store.to_bytes(normal.model)
     one, two = (spa.find_groups(spa.trace(normal.model.graph, normal.facts)) for _ in range(2))
-    assert spa.store.to_bytes(normal.model) == before
+    assert spa.storage.store.to_bytes(normal.model) == before
     assert one.groups == two.groups
 
 

@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 
 import spa
 from spa import cli
-from spa.analysis import analyze
-from spa.check import run
 from spa.errors import BadFile, BadOption, NothingToPrune
-from spa.vocabulary_choice import choose_ids, plan_vocabulary, read_keep
-from spa.vocabulary_prune import prune_vocabulary, remapped
+from spa.graph.analysis import analyze
+from spa.proof.check import run
+from spa.vocabularies.vocabulary_choice import choose_ids, plan_vocabulary, read_keep
+from spa.vocabularies.vocabulary_prune import prune_vocabulary, remapped
 
 IDS, WIDTH, LENGTH = 40, 8, 5
 
@@ -27,7 +27,7 @@ IDS, WIDTH, LENGTH = 40, 8, 5
 @pytest.fixture(autouse=True)
 def _no_table_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small shared constants get copies of their own, so that nothing of them is tied."""
-    monkeypatch.setattr(sys.modules["spa.normalize"], "SHARED", 64)  # `spa.normalize` is the function
+    monkeypatch.setattr(sys.modules["spa.graph.normalize"], "SHARED", 64)  # `spa.normalize` is the function
 
 
 def language_model(*, tied: bool = True, reads_ids: bool = False, second: bool = False, seed: int = 0) -> onnx.ModelProto:
@@ -67,7 +67,7 @@ def language_model(*, tied: bool = True, reads_ids: bool = False, second: bool =
 
 
 def constant(model: spa.Model | onnx.ModelProto, name: str) -> np.ndarray:
-    proto = model if isinstance(model, onnx.ModelProto) else spa.store.to_proto(model)
+    proto = model if isinstance(model, onnx.ModelProto) else spa.storage.store.to_proto(model)
     return numpy_helper.to_array(next(t for t in proto.graph.initializer if t.name == name))
 
 

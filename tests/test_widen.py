@@ -9,8 +9,8 @@ from onnx import TensorProto, helper, numpy_helper
 from test_trace import ints, net
 
 import spa
-from spa.store import to_proto
-from spa.widen import widen
+from spa.proof.widen import widen
+from spa.storage.store import to_proto
 
 BODY = """a = MatMul(x, w1) b = Add(a, b1) r = Relu(b) s = Reshape(r, sizes) t = Transpose<perm=[0,2,1]>(s) u = Transpose<perm=[0,2,1]>(t)
   f = Reshape(u, flat) y = MatMul(f, w2)"""
@@ -54,7 +54,7 @@ def test_widening_is_complete_and_leaves_the_model_alone() -> None:
     text = onnx.printer.to_text(to_proto(wide))
     assert "float16" not in text
     assert "to: int = 10" not in text
-    assert np.allclose(spa.check.run(wide, feeds)["y"], spa.check.run(loaded, {"x": np.ones(2, np.float32)})["y"])
+    assert np.allclose(spa.proof.check.run(wide, feeds)["y"], spa.proof.check.run(loaded, {"x": np.ones(2, np.float32)})["y"])
 
 
 def test_a_model_without_halves_is_the_same_object() -> None:

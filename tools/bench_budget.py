@@ -28,19 +28,19 @@ import scipy
 import spa
 from models.tasks import TASKS, Task
 from spa import api
-from spa.budget import Budget, with_data
-from spa.check import session
-from spa.choose import Options, find_space, lowest
-from spa.cutting import cut
+from spa.budgets.budget import Budget, with_data
+from spa.budgets.latency import machine, paired_seconds
+from spa.budgets.planner import Planner
+from spa.budgets.targets import Target
+from spa.criteria.score import Known, score
+from spa.criteria.views import Data
+from spa.data.evidence import Evidence
 from spa.engines import find
 from spa.errors import SpaError
-from spa.evidence import Evidence
-from spa.feeds import one_sample
-from spa.latency import machine, paired_seconds
-from spa.planner import Planner
-from spa.score import Known, score
-from spa.targets import Target
-from spa.views import Data
+from spa.plans.choose import Options, find_space, lowest
+from spa.plans.cutting import cut
+from spa.proof.check import session
+from spa.proof.feeds import one_sample
 
 TRIES = 7  # of the search for an equal latency
 CLOSE = 0.015  # of the latency that is asked for

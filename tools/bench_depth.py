@@ -18,12 +18,12 @@ import onnxruntime
 
 import spa
 from models.tasks import TASKS, Task
-from spa.analysis import Analysis
-from spa.check import session
-from spa.depth import Depth, Dropped, choose_layers, without_layers
+from spa.budgets.latency import paired_seconds
+from spa.data.evidence import Evidence
 from spa.engines import find
-from spa.evidence import Evidence
-from spa.latency import paired_seconds
+from spa.graph.analysis import Analysis
+from spa.layers.depth import Depth, Dropped, choose_layers, without_layers
+from spa.proof.check import session
 
 SERIES = (
     ("finercut", "attention"), ("llm-drop", "attention"), ("2ssp", "attention"), ("random", "attention"), ("finercut", "any"),

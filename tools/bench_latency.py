@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 import spa
-from spa.align import block_of
+from spa.plans.align import block_of
 from tools.bench_prune import build, export
 
 

@@ -25,10 +25,10 @@ import onnxruntime
 import spa
 from models.tasks import TASKS, Task
 from spa import api
-from spa.check import session
+from spa.data.evidence import Evidence, gather
 from spa.errors import SpaError
-from spa.evidence import Evidence, gather
-from spa.repair import RepairOptions
+from spa.proof.check import session
+from spa.repairs.repair import RepairOptions
 
 UNITS = {  # what is pruned where a task does not prune everything: --include patterns
     "minilm": {"heads": (32, 12), "neurons": (1536, 10)},

@@ -17,11 +17,11 @@ import onnxruntime
 
 import spa
 from spa import api
-from spa.check import session
-from spa.evidence import Evidence
-from spa.feeds import draw
-from spa.linear import find_layers
-from spa.repair import RepairOptions
+from spa.data.evidence import Evidence
+from spa.graph.linear import find_layers
+from spa.proof.check import session
+from spa.proof.feeds import draw
+from spa.repairs.repair import RepairOptions
 
 
 def main() -> None:

@@ -19,9 +19,9 @@ import onnxruntime
 
 import spa
 from models.tasks import TASKS, Task
-from spa.check import session
+from spa.data.evidence import Evidence, gather
 from spa.errors import SpaError
-from spa.evidence import Evidence, gather
+from spa.proof.check import session
 
 UNITS = ("head", "neuron")
 CRITERIA = ("l2", "amp", "wanda", "flap", "2ssp", "entropy-taylor", "obspa", "obspa-greedy")

@@ -23,9 +23,9 @@ from onnx import helper, numpy_helper
 
 import spa
 from models.extras import need
+from spa.budgets.layout_proxy import proxy
 from spa.engines import Engine, find
-from spa.layout_proxy import proxy
-from spa.store import load
+from spa.storage.store import load
 
 KINDS = {"conv": "three 3x3 convolutions of C channels, 28x28", "ffn": "feed-forward layer 256 -> F -> 256, 64 tokens"}
 OFFSETS = (-16, -12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12, 16)
@@ -77,7 +77,7 @@ def network(kind: str, width: int) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
 
 
-def measure(kind: str, center: int, engine: Engine, *, rounds: int, seconds: float, seed: int) -> tuple[list[Row], spa.bench.Race]:
+def measure(kind: str, center: int, engine: Engine, *, rounds: int, seconds: float, seed: int) -> tuple[list[Row], spa.timing.bench.Race]:
     """One group of widths, raced."""
     widths = [center, *(center + o for o in OFFSETS if o)]  # the first is what the others are compared with
     models = {str(w): load(network(kind, w)) for w in widths}

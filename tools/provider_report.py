@@ -16,10 +16,10 @@ import spa
 from models import weightless
 from spa.engines import Settings, find
 from spa.errors import BadOption, SpaError
-from spa.feeds import Feeds, one_sample
-from spa.plan import mask_of
-from spa.prove import reference_of
-from spa.trial import expected, try_on
+from spa.plans.plan import mask_of
+from spa.proof.feeds import Feeds, one_sample
+from spa.proof.prove import reference_of
+from spa.timing.trial import expected, try_on
 
 
 def processor() -> str:

@@ -1,7 +1,7 @@
 """Which kinds of units each transformer of a folder has, and whether each, pruned alone, equals masking: `python -m tools.unit_table`.
 
-A row is a graph and a kind of unit (`spa.kinds`): groups of it, how many may shrink, and what the proof says of half of them gone. Writes a
-Markdown table; exit 1 if any unit that may shrink is not exact, or could not be pruned.
+A row is a graph and a kind of unit (`spa.graph.kinds`): groups of it, how many may shrink, and what the proof says of half of them gone.
+Writes a Markdown table; exit 1 if any unit that may shrink is not exact, or could not be pruned.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import typer
 import spa
 from models import weightless
 from spa.errors import NothingToPrune, SpaError
-from spa.kinds import KINDS
+from spa.graph.kinds import KINDS
 
 ATTENTION = frozenset({"head", "key-value", "query", "qk", "vo", "head-width"})  # what makes a graph a transformer
 UNITS = tuple(k for k in KINDS if k not in ("output", "position", "other"))

@@ -8,14 +8,14 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from spa.ablate import ablate as measure_units
 from spa.commands import options as given
 from spa.commands import reading
 from spa.commands.app import app
 from spa.commands.common import analysis_of, evidence_of
 from spa.commands.terminal import Terminal
-from spa.depth_report import ablation
-from spa.report import printable
+from spa.layers.ablate import ablate as measure_units
+from spa.tables.depth_report import ablation
+from spa.tables.report import printable
 
 
 @app.command()

@@ -13,8 +13,8 @@ import typer
 from rich.text import Text
 
 import spa
-from spa import api, race_report, report
-from spa.bench import check_timed, race
+from spa import api
+from spa.budgets.layout_proxy import Proxy, proxy
 from spa.commands import options as given
 from spa.commands import reading
 from spa.commands.app import app
@@ -22,10 +22,11 @@ from spa.commands.common import drawn_inputs, opened_model
 from spa.commands.terminal import Terminal
 from spa.engines import find
 from spa.errors import BadOption
-from spa.feeds import Feeds
-from spa.layout_proxy import Proxy, proxy
-from spa.profiling import profiles
-from spa.store import Model
+from spa.proof.feeds import Feeds
+from spa.storage.store import Model
+from spa.tables import race_report, report
+from spa.timing.bench import check_timed, race
+from spa.timing.profiling import profiles
 
 
 @app.command()

@@ -13,8 +13,7 @@ import onnx_graphsurgeon as gs
 import typer
 
 from passes import Weight
-from spa import api, report
-from spa.check import TOLERANCE
+from spa import api
 from spa.commands import options as given
 from spa.commands import reading
 from spa.commands.app import app
@@ -22,14 +21,16 @@ from spa.commands.common import drawn_inputs, opened_model
 from spa.commands.terminal import Terminal
 from spa.engines import Engine, Settings, find
 from spa.errors import BadOption
-from spa.plan import Plan, load_plan, mask_of
-from spa.prove import reference_of
-from spa.rewrite import narrowed_inputs
-from spa.store import Model
-from spa.trace import constant_values
-from spa.trial import Trial, expected, try_on
-from spa.trial_report import trial_data, trial_shown
-from spa.view import dtype_is_float
+from spa.graph.trace import constant_values
+from spa.graph.view import dtype_is_float
+from spa.plans.plan import Plan, load_plan, mask_of
+from spa.plans.rewrite import narrowed_inputs
+from spa.proof.check import TOLERANCE
+from spa.proof.prove import reference_of
+from spa.storage.store import Model
+from spa.tables import report
+from spa.tables.trial_report import trial_data, trial_shown
+from spa.timing.trial import Trial, expected, try_on
 
 
 @app.command()

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spa import api
-from spa.calibration import calibration as open_calibration
 from spa.commands import reading
 from spa.commands.terminal import Terminal
+from spa.data.calibration import calibration as open_calibration
+from spa.data.evidence import MOMENTS, SYNTHETIC, Evidence, gather
 from spa.errors import BadOption
-from spa.evidence import MOMENTS, SYNTHETIC, Evidence, gather
-from spa.feeds import Feeds
-from spa.normalize import normalize
-from spa.store import Model, load
-from spa.trace import trace
+from spa.graph.normalize import normalize
+from spa.graph.trace import trace
+from spa.proof.feeds import Feeds
+from spa.storage.store import Model, load
 
 
 def evidence_of(

@@ -15,9 +15,9 @@ from spa.commands.app import app
 from spa.commands.common import evidence_of, opened_model
 from spa.commands.terminal import Terminal
 from spa.errors import BadOption
-from spa.finetune import Epoch, Finetuned
-from spa.finetune import finetune as train
-from spa.training import Training
+from spa.learning.finetune import Epoch, Finetuned
+from spa.learning.finetune import finetune as train
+from spa.learning.training import Training
 
 
 @app.command()

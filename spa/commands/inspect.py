@@ -9,23 +9,23 @@ from typing import Annotated
 import networkx as nx
 import typer
 
-from spa import report
-from spa.choose import matches
 from spa.commands import options as given
 from spa.commands import reading
 from spa.commands.app import app
 from spa.commands.common import analysis_of
 from spa.commands.terminal import Terminal
-from spa.count import count
-from spa.depth_report import layer_data
-from spa.depth_report import layers as layers_table
 from spa.errors import BadOption
-from spa.explain import dependency_graph, dot_text, explain, frozen_causes, near, path, printable_graph, sites_of
-from spa.files import replace_all
-from spa.groups import Group, Groups
-from spa.parting import parted
-from spa.state_report import states, states_data
-from spa.sublayers import sub_layers
+from spa.graph.count import count
+from spa.graph.explain import dependency_graph, dot_text, explain, frozen_causes, near, path, printable_graph, sites_of
+from spa.graph.groups import Group, Groups
+from spa.graph.parting import parted
+from spa.layers.sublayers import sub_layers
+from spa.plans.choose import matches
+from spa.storage.files import replace_all
+from spa.tables import report
+from spa.tables.depth_report import layer_data
+from spa.tables.depth_report import layers as layers_table
+from spa.tables.state_report import states, states_data
 
 
 @app.command()

@@ -10,8 +10,8 @@ from rich.progress import Progress as Bar
 from rich.text import Text
 
 from spa.commands.terminal import Terminal
-from spa.report import printable, shorten
-from spa.sweep import Progress
+from spa.sweeps.sweep import Progress
+from spa.tables.report import printable, shorten
 
 WINDOW = 3600.0  # seconds of the past that the estimate goes by: steps take from milliseconds to minutes
 

@@ -11,31 +11,32 @@ import typer
 from rich.text import Text
 
 import spa
-from spa import api, criteria, report
-from spa.bench import Race, race
-from spa.budget import TIME_LIMIT, Budget
-from spa.budget_report import budget as budget_table
-from spa.check import TOLERANCE
-from spa.choose import Options
+from spa import api, criteria
+from spa.budgets.budget import TIME_LIMIT, Budget
 from spa.commands import options as given
 from spa.commands import reading, reported, vocabulary
 from spa.commands.app import app
 from spa.commands.common import analysis_of, evidence_of, opened_model
 from spa.commands.terminal import Terminal
-from spa.companions import Written, find_companions
-from spa.count import count
-from spa.depth_report import dropped as dropped_layers
 from spa.engines import find as find_engine
 from spa.errors import BadOption
 from spa.exact import Ranks
-from spa.explain import Cause, frozen_causes
-from spa.feeds import Feeds, one_sample
-from spa.plan import load_plan, mask_of
-from spa.protect import read_protect
-from spa.repair import DAMPING, RepairOptions
-from spa.state_report import states, states_data
-from spa.store import load
-from spa.vocabulary_prune import carried_out
+from spa.graph.count import count
+from spa.graph.explain import Cause, frozen_causes
+from spa.plans.choose import Options
+from spa.plans.companions import Written, find_companions
+from spa.plans.plan import load_plan, mask_of
+from spa.plans.protect import read_protect
+from spa.proof.check import TOLERANCE
+from spa.proof.feeds import Feeds, one_sample
+from spa.repairs.repair import DAMPING, RepairOptions
+from spa.storage.store import load
+from spa.tables import report
+from spa.tables.budget_report import budget as budget_table
+from spa.tables.depth_report import dropped as dropped_layers
+from spa.tables.state_report import states, states_data
+from spa.timing.bench import Race, race
+from spa.vocabularies.vocabulary_prune import carried_out
 
 
 @app.command()

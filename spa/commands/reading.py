@@ -13,23 +13,23 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from onnx import helper
 
-from spa.depth import Depth
+from spa.budgets.targets import UNITS
+from spa.data.samples import reason
 from spa.errors import BadFile, BadOption
-from spa.feeds import Feeds
-from spa.files import check_target
-from spa.kinds import KINDS
-from spa.repair import RepairOptions
-from spa.samples import reason
-from spa.settings_file import read_settings
-from spa.share import limit_memory
-from spa.store import Model
-from spa.targets import UNITS
+from spa.graph.kinds import KINDS
+from spa.layers.depth import Depth
+from spa.proof.feeds import Feeds
+from spa.repairs.repair import RepairOptions
+from spa.storage.files import check_target
+from spa.storage.settings_file import read_settings
+from spa.storage.store import Model
+from spa.timing.share import limit_memory
 
 LEAST_MEMORY = 64_000_000
 
 
 def multiple_of(text: str) -> int | str:
-    """A whole number or "auto"; anything else is left for `spa.choose.Options` to refuse."""
+    """A whole number or "auto"; anything else is left for `spa.plans.choose.Options` to refuse."""
     return int(text) if re.fullmatch(r"-?\d+", text) else text
 
 

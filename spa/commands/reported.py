@@ -8,8 +8,8 @@ from typing import Any
 import typer
 
 from spa.api import Result
-from spa.bench import Race
 from spa.reporting import check_report, write_report
+from spa.timing.bench import Race
 
 HIDDEN = {"report_file", "as_json", "verbose"}  # say where results go, not what they are
 

@@ -8,9 +8,6 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from spa import report
-from spa.analysis import analyze
-from spa.check import TOLERANCE
 from spa.commands import options as given
 from spa.commands import reading
 from spa.commands.app import app
@@ -18,9 +15,12 @@ from spa.commands.common import evidence_of, opened_model
 from spa.commands.terminal import Terminal
 from spa.errors import BadOption
 from spa.exact.rewriting import rewritten
-from spa.rewrite_report import proof_shown, steps_data, steps_shown
-from spa.rotation import Rotated, rotated
-from spa.store import load, save
+from spa.exact.rotation import Rotated, rotated
+from spa.graph.analysis import analyze
+from spa.proof.check import TOLERANCE
+from spa.storage.store import load, save
+from spa.tables import report
+from spa.tables.rewrite_report import proof_shown, steps_data, steps_shown
 
 
 @app.command()

@@ -10,26 +10,27 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from spa import parallel, sensitivity_report, sweep_report
-from spa.budget import TIME_LIMIT
-from spa.check import TOLERANCE
+from spa.budgets.budget import TIME_LIMIT
+from spa.budgets.sensitivity import RATIOS
+from spa.budgets.sensitivity import sensitivity as shrink_each
 from spa.commands import options as given
 from spa.commands import reading
 from spa.commands.app import app
 from spa.commands.common import analysis_of, evidence_of
 from spa.commands.progress import progress
 from spa.commands.terminal import Terminal
+from spa.data.evidence import Evidence
 from spa.errors import BadOption
-from spa.evidence import Evidence
-from spa.points import COSTS, Setting, Sweep, grid
-from spa.protect import read_protect
-from spa.repair_options import RepairOptions
-from spa.report import printable
-from spa.sensitivity import RATIOS
-from spa.sensitivity import sensitivity as shrink_each
-from spa.solve import DAMPING
-from spa.sweep import SECONDS
-from spa.sweep import sweep as prune_all
+from spa.plans.protect import read_protect
+from spa.proof.check import TOLERANCE
+from spa.repairs.repair_options import RepairOptions
+from spa.repairs.solve import DAMPING
+from spa.sweeps import parallel
+from spa.sweeps.points import COSTS, Setting, Sweep, grid
+from spa.sweeps.sweep import SECONDS
+from spa.sweeps.sweep import sweep as prune_all
+from spa.tables import sensitivity_report, sweep_report
+from spa.tables.report import printable
 
 Shares = Annotated[list[str] | None, typer.Option(
     "--ratio", "-r", metavar="R,R,…", help="Shares of the channels that go.", show_default=False)]

@@ -23,7 +23,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from spa.errors import SpaError
-from spa.report import plain, printable
+from spa.tables.report import plain, printable
 
 WIDTH = 120  # where stdout is no terminal
 SLOW = 1.0  # seconds; stages above leave a line on a terminal

@@ -11,15 +11,15 @@ from typing import Any
 from rich.text import Text
 
 from spa.api import Result
-from spa.budget import Budget
-from spa.companions import Companions, Written
+from spa.budgets.budget import Budget
+from spa.data.evidence import Evidence
 from spa.errors import BadOption
-from spa.evidence import Evidence
-from spa.files import Pieces
-from spa.tokenizer_file import read_tokenizer
-from spa.vocabulary import map_name
-from spa.vocabulary_choice import read_keep
-from spa.vocabulary_prune import Wish, configs, remapped, special_ids, tokenizer_beside, tokenizer_name
+from spa.plans.companions import Companions, Written
+from spa.storage.files import Pieces
+from spa.vocabularies.tokenizer_file import read_tokenizer
+from spa.vocabularies.vocabulary import map_name
+from spa.vocabularies.vocabulary_choice import read_keep
+from spa.vocabularies.vocabulary_prune import Wish, configs, remapped, special_ids, tokenizer_beside, tokenizer_name
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spa import select
+from spa.criteria import select
 from spa.criteria.registry import GroupView, LayerView, Scores, criterion
 
 STEPS = 64  # removals between two scorings of what is left

@@ -64,7 +64,7 @@ class LayerView(Protocol):
     size: channels of the group. weight: (parts, outputs, columns). of: (parts, columns) channel of each column, -1 for others.
     vectors: with needs="vectors". projections: (size,) with needs="projections", the mean over rows of the L1 norm of what a channel
     adds to the output. usage: (size,) with needs="usage", the share of rows to which a channel adds most.
-    systems: with needs="covariances", one a part, for `spa.select`. heads: whether a channel is many columns.
+    systems: with needs="covariances", one a part, for `spa.criteria.select`. heads: whether a channel is many columns.
     """
 
     size: int
@@ -98,10 +98,12 @@ class GroupView(Protocol):
         """Layers that sum over the group's channels; with needs="covariances" they hold their systems."""
 
     def saliency(self, method: str, *, signed: bool = False) -> list[Scores]:
-        """(size,) sums of an element-wise saliency (`spa.gradients`) for each tensor of the group; of its magnitudes unless `signed`."""
+        """(size,) sums of an element-wise saliency (`spa.statistics.gradients`) for each tensor of the group; of its magnitudes unless
+        `signed`.
+        """
 
     def activation_saliency(self) -> list[Scores]:
-        """(size,) for each layer that reads the group: `spa.gradients.activation_saliency` of its data."""
+        """(size,) for each layer that reads the group: `spa.statistics.gradients.activation_saliency` of its data."""
 
     def combine(self, rows: Iterable[Scores]) -> Scores:
         """One score of those of several tensors or layers, as `--aggregate` says; zeros if there are none."""

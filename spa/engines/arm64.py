@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from spa.align import block_of
 from spa.engines.table import Engine, Opened, Settings, engine
 from spa.engines.worker import Remote, child, version_of, why_not
-from spa.store import Model
+from spa.plans.align import block_of
+from spa.storage.store import Model
 
 EMULATED = "it is the time of an emulator (qemu), not of an arm64 processor"
 _INSTALL = ("arm64 is emulated by qemu, which is not ready: apt install qemu-user-static, then run tools/arm64_root.sh FOLDER and name "

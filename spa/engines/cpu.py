@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import onnxruntime as ort
 
-from spa.align import block_of
 from spa.engines.providers import Here
 from spa.engines.table import Engine, Opened, Settings, engine
 from spa.errors import BadOption
-from spa.store import Model
+from spa.plans.align import block_of
+from spa.storage.store import Model
 
 OPTIONS = {"format"}  # of spa's own; the provider has none
 

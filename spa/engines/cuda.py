@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
-from spa.align import block_of
 from spa.engines.children.ort import devices, version_of
 from spa.engines.providers import here
 from spa.engines.table import Engine, engine
+from spa.plans.align import block_of
 
 _INSTALL = ("ONNX Runtime's {} provider is not here: in an environment of its own, pip uninstall onnxruntime and "
             "pip install 'onnxruntime-gpu[cuda,cudnn]'{}, on a machine with an NVIDIA GPU ({}).")  # fmt: skip

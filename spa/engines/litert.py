@@ -11,7 +11,7 @@ from spa.engines.pinned import Converted
 from spa.engines.table import Engine, Opened, Settings, engine
 from spa.engines.worker import Remote, python_child, version_of, why_not
 from spa.errors import UnsupportedModel
-from spa.store import Model, load, save
+from spa.storage.store import Model, load, save
 
 _COMMAND = python_child("litert_adapter.py", variable="SPA_LITERT_PYTHON")
 _INSTALL = ("LiteRT is not here: make an environment of its own (python3.11 -m venv DIR && DIR/bin/pip install onnx2tf==1.29.24 "

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from spa.engines.pinned import Converted
 from spa.engines.table import Engine, Opened, Settings, engine
 from spa.engines.worker import Remote, child, version_of, why_not
-from spa.store import Model
+from spa.storage.store import Model
 
 _PACKAGES = {"onnxruntime-node": "1.30.0", "onnxruntime-web": "1.30.0", "puppeteer-core": "25.16.0"}
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

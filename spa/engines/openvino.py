@@ -6,10 +6,10 @@ option `precision=bf16` asks for what it would do by itself. The plugin offers d
 
 from __future__ import annotations
 
-from spa.align import block_of
 from spa.engines.providers import elsewhere, provider_child
 from spa.engines.table import Engine, engine
 from spa.engines.worker import version_of, why_not
+from spa.plans.align import block_of
 
 _COMMAND = provider_child("OpenVINOExecutionProvider", variable="SPA_OPENVINO_EP_PYTHON")
 _INSTALL = ("ONNX Runtime's OpenVINO provider can't be used here: pip install 'spa-prune[openvino]' on a machine by Intel, or install "

@@ -21,10 +21,10 @@ from onnx import helper
 from spa.engines.table import Opened, Placement, Settings
 from spa.engines.worker import Remote
 from spa.errors import SpaError, UnsupportedModel
-from spa.feeds import Feeds
-from spa.rewrite import copy_graph
-from spa.shapes import infer
-from spa.store import Model, with_graph
+from spa.graph.shapes import infer
+from spa.plans.rewrite import copy_graph
+from spa.proof.feeds import Feeds
+from spa.storage.store import Model, with_graph
 
 Shapes = Mapping[str, tuple[int, ...]]
 

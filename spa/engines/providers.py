@@ -14,14 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from spa.check import IN_MEMORY
 from spa.engines.children import ort as runtime
 from spa.engines.pinned import Converted
 from spa.engines.table import Opened, Placement, Settings
 from spa.engines.worker import Remote, python_child
 from spa.errors import UnsupportedModel
-from spa.feeds import Feeds
-from spa.store import Model, save, to_bytes
+from spa.proof.check import IN_MEMORY
+from spa.proof.feeds import Feeds
+from spa.storage.store import Model, save, to_bytes
 
 
 class Here:

@@ -6,12 +6,12 @@ Its numbers, the padding of channels and the size of the context binary are thos
 
 from __future__ import annotations
 
-from spa.align import block_of
 from spa.engines.providers import elsewhere, provider_child
 from spa.engines.table import TOLERANCES, Engine, Settings, engine
 from spa.engines.worker import version_of, why_not
-from spa.feeds import Feeds
-from spa.store import Model
+from spa.plans.align import block_of
+from spa.proof.feeds import Feeds
+from spa.storage.store import Model
 
 SNAPDRAGON_8_GEN_3 = {"backend_type": "htp", "soc_model": "57", "htp_arch": "75"}
 SIMULATED = "it is the time of a simulator on this processor, not of an NPU"

@@ -13,9 +13,9 @@ from types import MappingProxyType
 from typing import Protocol
 
 from spa.errors import BadOption
-from spa.explain import near
-from spa.feeds import Feeds
-from spa.store import Model
+from spa.graph.explain import near
+from spa.proof.feeds import Feeds
+from spa.storage.store import Model
 
 TOLERANCES: Mapping[str, float] = MappingProxyType({"float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2, "int8": 5e-2})
 """Of an output's scale, by element type; int8 stands for all that is quantised. Rounding to 2^-11 (float16) or 2^-9 (bfloat16) adds up over

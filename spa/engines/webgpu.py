@@ -6,10 +6,10 @@ import glob
 import os
 from pathlib import Path
 
-from spa.align import block_of
 from spa.engines.providers import elsewhere, provider_child
 from spa.engines.table import Engine, engine
 from spa.engines.worker import version_of, why_not
+from spa.plans.align import block_of
 
 SWIFTSHADER = Path("/usr/lib/chromium/vk_swiftshader_icd.json")  # of Debian's chromium
 EMULATED = "it is the time of SwiftShader, which computes on the CPU, not of a GPU"

@@ -47,11 +47,11 @@ from typing import IO, Any
 import ml_dtypes
 import numpy as np
 
-from spa.check import IN_MEMORY
 from spa.engines.table import Placement, Settings
 from spa.errors import UnsupportedModel
-from spa.feeds import Feeds
-from spa.store import Model, save
+from spa.proof.check import IN_MEMORY
+from spa.proof.feeds import Feeds
+from spa.storage.store import Model, save
 
 TIMEOUT = 600.0  # seconds for one answer
 LONGEST = 400  # characters of an error

@@ -22,9 +22,9 @@ from spa.exact.flow import Flow, Obstacle, Source
 from spa.exact.products import Product, Scores, Side, Values, feeds_shares, products, reads_shares, scores_of, values_of
 from spa.exact.softmax import cancelled, sums_to_one
 from spa.exact.weights import Weights
-from spa.linear import Layer
-from spa.offsets import Missing, Offset
-from spa.trace import node_name
+from spa.graph.linear import Layer
+from spa.graph.offsets import Missing, Offset
+from spa.graph.trace import node_name
 
 Array = NDArray[np.float64]
 ENOUGH = 64  # spacings of the type: what counts as being in the basis

@@ -2,8 +2,8 @@
 
     W₂ f(W₁ x + b₁) + b₂ = b₂ + Σ_e W₂[:, e] f(W₁[e] x + b₁[e])
 
-A hidden width is a group of the kind *neuron* (`spa.kinds`): layers without a window make it and sum it. Nothing between may look at more
-than one of its channels. (Union of Experts, arXiv 2503.02495)
+A hidden width is a group of the kind *neuron* (`spa.graph.kinds`): layers without a window make it and sum it. Nothing between may look at
+more than one of its channels. (Union of Experts, arXiv 2503.02495)
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import numpy as np
 
 from passes import Branch, Patch
 from spa.exact.flow import Flow, Obstacle
-from spa.groups import Group, Groups
-from spa.rewrite import CannotRestate, plan_removal
+from spa.graph.groups import Group, Groups
+from spa.graph.trace import NodeTrace
+from spa.plans.rewrite import CannotRestate, plan_removal
 from spa.signatures import MAP, SUM
 from spa.signatures.table import dims_of, kind_of
-from spa.trace import NodeTrace
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from spa.groups import Groups
-from spa.linear import Layer, find_layers, result_layout
-from spa.moved import moved, place_of
-from spa.offsets import Offset, Offsets
+from spa.graph.groups import Groups
+from spa.graph.linear import Layer, find_layers, result_layout
+from spa.graph.moved import moved, place_of
+from spa.graph.offsets import Offset, Offsets
+from spa.graph.trace import NodeTrace, node_name
 from spa.signatures.arithmetic import ADDS, PASSES, READS_SHAPE, SCALES, STILL
-from spa.trace import NodeTrace, node_name
 
 Index = NDArray[np.int64]
 

@@ -17,11 +17,11 @@ import networkx as nx
 import numpy as np
 
 from spa.exact.flow import Flow, Index, Obstacle, Source
-from spa.linear import Layer, Layout, layout_of
+from spa.graph.linear import Layer, Layout, layout_of
+from spa.graph.trace import NodeTrace
+from spa.graph.view import dtype_is_float
 from spa.signatures import MAP, SUM
 from spa.signatures.table import Operand, dims_of, kind_of
-from spa.trace import NodeTrace
-from spa.view import dtype_is_float
 
 STEPS = 16  # nodes between a product and what makes shares of its scores, in either direction
 

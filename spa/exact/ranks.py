@@ -2,7 +2,7 @@
 
     model as given --edit "singular_basis"--> the same function --plan--> the last positions of each head's width removed
 
-The edit is part of the plan (`spa.edits`): it is found and solved anew from the weights of the model that the plan is applied to, so
+The edit is part of the plan (`spa.plans.edits`): it is found and solved anew from the weights of the model that the plan is applied to, so
 that the plan holds no weights. Positions are cut in all heads together, since one axis (heads × width) holds them; each head has a
 basis of its own, so position j is the j-th direction of every head.
 """
@@ -20,18 +20,18 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from passes import drop_dead_nodes, fold_constants, merge_copies, replace_constants, unshare_constants
-from spa.edits import KINDS, Edit, Kind
 from spa.errors import BadOption, NothingToPrune
 from spa.exact import attention
 from spa.exact.attention import Found
 from spa.exact.flow import Flow, Obstacle
 from spa.exact.products import Product
 from spa.exact.weights import Weights
-from spa.groups import Groups, Kept, find_groups
-from spa.normalize import SHARED
-from spa.rewrite import copy_graph
-from spa.shapes import infer, with_new_constants
-from spa.trace import trace
+from spa.graph.groups import Groups, Kept, find_groups
+from spa.graph.normalize import SHARED
+from spa.graph.shapes import infer, with_new_constants
+from spa.graph.trace import trace
+from spa.plans.edits import KINDS, Edit, Kind
+from spa.plans.rewrite import copy_graph
 
 EDIT = "singular_basis"
 

@@ -12,9 +12,6 @@ import onnx_graphsurgeon as gs
 from onnx import helper
 
 from passes import drop_biases, drop_dead_nodes, insert_biases, merge_copies, replace_constants, split_branches
-from spa import check as checking
-from spa.analysis import Analysis, Source, analyze
-from spa.check import Check
 from spa.errors import BadOption, CheckFailed, NothingToPrune
 from spa.exact import attention
 from spa.exact.attention import Step
@@ -23,12 +20,15 @@ from spa.exact.flow import Flow, Obstacle
 from spa.exact.flow import Source as Made
 from spa.exact.ranks import Cut, Ranks, truncation
 from spa.exact.weights import Weights
-from spa.feeds import Feeds
-from spa.prove import runnable
-from spa.rewrite import copy_graph
+from spa.graph.analysis import Analysis, Source, analyze
+from spa.plans.rewrite import copy_graph
+from spa.proof import check as checking
+from spa.proof.check import Check
+from spa.proof.feeds import Feeds
+from spa.proof.prove import runnable
+from spa.proof.widen import widen
 from spa.stages import Stage, collector_paused, quiet
-from spa.store import Model, save, with_graph
-from spa.widen import widen
+from spa.storage.store import Model, save, with_graph
 
 KEY_BIAS, VALUE_BIAS, QK_BASIS, VO_BASIS, SPLIT = "key bias", "value bias", "QK basis", "VO basis", "split MLP"
 

@@ -12,10 +12,10 @@ import numpy as np
 
 from spa.exact.flow import Flow, Index, Obstacle
 from spa.exact.products import Scores, Side, Values
-from spa.linear import layout_of
+from spa.graph.linear import layout_of
+from spa.graph.trace import NodeTrace
 from spa.signatures.arithmetic import MASKS, READS_SHAPE, SHIFTS
 from spa.signatures.table import dims_of
-from spa.trace import NodeTrace
 
 MASKED = -1e4  # and less: what masks are filled with; exp of that far below the largest score of a row is zero
 

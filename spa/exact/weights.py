@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from passes import Weight
 from spa.exact.flow import Source
-from spa.linear import Layer
-from spa.offsets import Offset
+from spa.graph.linear import Layer
+from spa.graph.offsets import Offset
 
 Array = NDArray[np.float64]
 

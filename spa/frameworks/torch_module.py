@@ -16,16 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spa import api
-from spa.analysis import Analysis, Source, analyzed_for
+from spa.data.evidence import values
 from spa.errors import BadOption, CheckFailed
-from spa.evidence import values
 from spa.frameworks.arrays import Array, Found, locate
 from spa.frameworks.torch_sizes import set_sizes
-from spa.plan import Plan, load_plan, mask_of
+from spa.graph.analysis import Analysis, Source, analyzed_for
+from spa.graph.trace import constant_values
+from spa.plans.plan import Plan, load_plan, mask_of
 from spa.stages import collector_paused
-from spa.store import Model
+from spa.storage.store import Model
 from spa.torch_ops import torch
-from spa.trace import constant_values
 
 Keeps = list[NDArray[np.int64]]
 GroupKeeps = Mapping[str, Sequence[tuple[int, NDArray[np.int64]]]]
@@ -265,8 +265,8 @@ def _group_sizes(analysis: Analysis, plan: Plan, state: _State) -> GroupKeeps:
 
 
 def _compare(module: Any, analysis: Analysis, small: Model, call: Call | None, tolerance: float, unsure: Sequence[str]) -> None:
-    from spa.check import run
-    from spa.prove import runnable
+    from spa.proof.check import run
+    from spa.proof.prove import runnable
 
     listed = f" No rule could set: {'; '.join(unsure)}." if unsure else ""
     fed = runnable(analysis.normal.model, analysis.groups.traced)

@@ -3,14 +3,14 @@
     format, version   "spa-report", 1
     asked             model, hashes, options, which of them were given, versions
     before, after     parameters, macs, peak_activation_bytes, weight_bytes, and file_bytes where files were written
-    proof             what `spa.report.check_data` gives, or None
-    latency           a list of what `spa.report.race_data` gives, one a provider
+    proof             what `spa.tables.report.check_data` gives, or None
+    latency           a list of what `spa.tables.report.race_data` gives, one a provider
     quality           metric -> {before, after}
     budget            the record that a plan keeps of its budget, or None
     depth             layers that were dropped (name, kind, block, parameters, macs, score), and what was left out; or None
     groups            name, kind, size, kept, the parameters and MACs that lie on it, the reason that it stays
     network           `spa.reporting.network`
-    repair            what `spa.report.repair_data` gives, or None
+    repair            what `spa.tables.report.repair_data` gives, or None
     frozen, notes     causes of freezing; groups that keep more than was asked for
 
 The three writers read this and nothing else.
@@ -24,14 +24,14 @@ from collections.abc import Collection, Mapping, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from spa import report
-from spa.bench import Race
-from spa.depth_report import depth_data
-from spa.explain import frozen_causes
-from spa.feeds import free_batch
-from spa.groups import Groups
-from spa.plan import Plan, mask_of
+from spa.graph.explain import frozen_causes
+from spa.graph.groups import Groups
+from spa.plans.plan import Plan, mask_of
+from spa.proof.feeds import free_batch
 from spa.reporting.network import channels, group_costs, network_data
+from spa.tables import report
+from spa.tables.depth_report import depth_data
+from spa.timing.bench import Race
 
 if TYPE_CHECKING:
     from spa.api import Result

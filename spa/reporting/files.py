@@ -7,12 +7,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spa.bench import Race
 from spa.errors import BadOption
-from spa.files import write_files
 from spa.reporting.data import report_data
 from spa.reporting.html import as_html
 from spa.reporting.markdown import as_json, as_markdown
+from spa.storage.files import write_files
+from spa.timing.bench import Race
 
 if TYPE_CHECKING:
     from spa.api import Result

@@ -14,12 +14,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from spa.explain import printable
-from spa.report import amount, because, count_of, duration, percent, shorten
+from spa.graph.explain import printable
+from spa.graph.trace import Reason
 from spa.reporting import wording
 from spa.reporting.picture import Frame, Picture, picture, shape_text
 from spa.reporting.wording import headline, lap_rows, number, option_text
-from spa.trace import Reason
+from spa.tables.report import amount, because, count_of, duration, percent, shorten
 
 ROWS = 25  # of a list before it is opened
 

@@ -11,11 +11,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from spa.explain import printable
-from spa.report import amount, count_of, duration, percent
+from spa.graph.explain import printable
 from spa.reporting import wording
 from spa.reporting.picture import shape_text, width_text
 from spa.reporting.wording import lap_rows, number, option_text
+from spa.tables.report import amount, count_of, duration, percent
 
 
 def as_json(data: Mapping[str, Any]) -> str:

@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spa.atoms import Labels
-from spa.count import macs_terms
-from spa.groups import Group, Groups, Kept
+from spa.graph.atoms import Labels
+from spa.graph.count import macs_terms
+from spa.graph.groups import Group, Groups, Kept
+from spa.graph.trace import NodeTrace, node_name, outer_values
+from spa.graph.view import dtype_is_float
 from spa.signatures.arithmetic import READS_SHAPE
-from spa.trace import NodeTrace, node_name, outer_values
-from spa.view import dtype_is_float
 
 REASONS = 4  # of one node
 LEAST = 0.05  # share of the parameters from which on freezing is told of

@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from spa.explain import printable
-from spa.report import shorten
+from spa.graph.explain import printable
 from spa.reporting.folding import Block, Part, folded
 from spa.reporting.layout import arrange
+from spa.tables.report import shorten
 
 ROW = 34.0  # between rows, where widths are written
 HEAD = 30.0  # of an open block, where its name stands

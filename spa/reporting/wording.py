@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from spa.report import amount, count_of, duration
+from spa.tables.report import amount, count_of, duration
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ MS = "com.microsoft"
 LENGTHS = dict.fromkeys("tspu", "counts positions in time") | {"mt": "counts positions in time", "ms": "counts positions in time"}
 ROLES = {"h": "head", "kv": "head", "g": "query", "d": "qk", "e": "vo"}
 TIED_ROLES = {**ROLES, "d": "head-width", "r": "head-width"}
-"""What the dims are (`spa.kinds`): with a width of its own for the value, and with one for all."""
+"""What the dims are (`spa.graph.kinds`): with a width of its own for the value, and with one for all."""
 TIMES: dict[str, Kind] = dict.fromkeys(LENGTHS, FIXED)
 
 

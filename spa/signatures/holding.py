@@ -1,6 +1,6 @@
 """Which outputs of an operator hold the elements of which inputs, as they are: moved, with others beside, or partly written over.
 
-Following these from a graph output back to a graph input finds what a model carries from call to call (`spa.state`).
+Following these from a graph output back to a graph input finds what a model carries from call to call (`spa.graph.state`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What operators do to vectors that are turned: the table that `spa.stream` reads.
+"""What operators do to vectors that are turned: the table that `spa.exact.stream` reads.
 
 A turned vector u stands for v = Q u, Q orthogonal. Sums of such vectors, and their products with one number, are turned alike; lengths
 are the same; whatever looks at single elements is not.

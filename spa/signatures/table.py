@@ -189,7 +189,7 @@ class Signature:
     sums: int | None = None  # output that holds the plain sum of those inputs
     parted: Parted | None = None  # how it would be without the sum in it
     picked: Mapping[str, int] = field(default_factory=dict)  # FIXED dims of which positions are picked -> the input that holds these
-    roles: Mapping[str, str] = field(default_factory=dict)  # of dims in an operator that holds an attention, see `spa.kinds`
+    roles: Mapping[str, str] = field(default_factory=dict)  # of dims in an operator that holds an attention, see `spa.graph.kinds`
     demands: tuple[Demand, ...] = ()  # of the kernel, on the sizes of dims
     masked: tuple[int, ...] | None = None  # inputs that are enough to mask; stored ones stay so: its kernel computes otherwise with others
     cancels: tuple[str, ...] = ()  # dims along which a number added to all of input 0 changes nothing

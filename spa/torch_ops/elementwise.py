@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+from spa.graph.view import type_of
 from spa.torch_ops.table import TABLE, Call, Op, Results, Tensor, onnx_type, op, table_of, torch
-from spa.view import type_of
 
 _SAME_NAME = (
     "Abs Acos Acosh Asin Asinh Atan Atanh Ceil Cos Cosh Erf Exp Floor Log Neg Reciprocal Relu Round Sigmoid Sign Sin Sinh Sqrt Tan Tanh"

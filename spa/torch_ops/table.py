@@ -22,7 +22,7 @@ import onnx_graphsurgeon as gs
 from onnx.helper import tensor_dtype_to_np_dtype
 
 from spa.errors import BadOption, UnsupportedModel
-from spa.view import FLOATS, type_of
+from spa.graph.view import FLOATS, type_of
 
 Tensor: TypeAlias = Any
 Results: TypeAlias = Any  # a tensor, or a sequence of tensors and None

@@ -1,0 +1,1 @@
+"""From a limit to widths: costs, losses, and the search between them."""

@@ -1,0 +1,1 @@
+"""Removing equals masking: the masked model, inputs for both, and the comparison."""

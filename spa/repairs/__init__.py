@@ -1,0 +1,1 @@
+"""What removed channels did is taken over by those that stay, in closed form."""

@@ -1,0 +1,1 @@
+"""What data and weights say of channels: moments, rows, gradients, sums."""

@@ -1,0 +1,1 @@
+"""Many prunings of one model, side by side: points, their folder, and the front."""

@@ -1,0 +1,1 @@
+"""Results as tables for people and as plain data for JSON. Nothing is computed here."""

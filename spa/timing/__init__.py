@@ -1,0 +1,1 @@
+"""Models raced and tried on engines, and what may be said of their times."""

@@ -1,0 +1,1 @@
+"""Vocabularies: which ids stay, and all that follows from it."""
