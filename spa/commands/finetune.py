@@ -38,12 +38,20 @@ def finetune(
     length: given.Length = None,
     epochs: Annotated[int, typer.Option("--epochs", help="Passes over the data.")] = 10,
     rate: Annotated[float, typer.Option("--rate", help="Learning rate at its highest.")] = 1e-3,
+    optimizer: Annotated[str, typer.Option("--optimizer", metavar="NAME", help="adamw, or sgd with Nesterov's momentum.")] = "adamw",
+    momentum: Annotated[float, typer.Option("--momentum", help="Of sgd.")] = 0.9,
     decay: Annotated[float, typer.Option("--decay", help="Weight decay.")] = 1e-4,
+    clip: Annotated[float, typer.Option("--clip", help="Largest norm of a step's gradient.")] = 1.0,
+    norms: Annotated[str, typer.Option(
+        "--norms", metavar="HOW", help="BatchNormalization goes by the batch, as in a first training, or by what is stored; "
+        "auto: batch from 16 samples in a step on.")] = "auto",
     temperature: Annotated[float, typer.Option("--temperature", help="Of the softmaxes of --loss kl.")] = 2.0,
     teaching: Annotated[float, typer.Option("--teaching", help="Weight of the teacher's loss beside that of labels.")] = 0.5,
     loss: Annotated[str, typer.Option("--loss", metavar="NAME", help="auto, cross-entropy, kl or mse.")] = "auto",
     augment: Annotated[str, typer.Option("--augment", metavar="HOW", help="none, or images: mirrored and moved.")] = "none",
-    device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu or cuda; mixed precision on cuda.")] = "auto",
+    device: Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu or cuda.")] = "auto",
+    precision: Annotated[str, typer.Option(
+        "--precision", metavar="NAME", help="float32, or bfloat16 (mixed); auto: mixed where there is a GPU.")] = "auto",
     checkpoint: Annotated[Path | None, typer.Option(
         "--checkpoint", metavar="FILE", help="Written after each epoch; a training that was stopped goes on from it.",
         show_default=False)] = None,
@@ -53,8 +61,9 @@ def finetune(
 ) -> int:
     """Train a model: labels or a teacher in, the best by held-out data out, the weights under their names."""
     term = Terminal(as_json, verbose)
-    training = Training(epochs=epochs, rate=rate, decay=decay, batch=batch, temperature=temperature, teaching=teaching, loss=loss,
-                        augment=augment, device=device, seed=seed)  # fmt: skip
+    training = Training(epochs=epochs, rate=rate, optimizer=optimizer, momentum=momentum, decay=decay, clip=clip, batch=batch, norms=norms,
+                        precision=precision, temperature=temperature, teaching=teaching, loss=loss, augment=augment, device=device,
+                        seed=seed)  # fmt: skip
     if data is None:
         raise BadOption("There are no data to train on: give some with --data.")
     opened = opened_model(term, model, {"--output": output})

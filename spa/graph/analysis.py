@@ -13,10 +13,10 @@ from onnx import ModelProto
 from spa.data.evidence import Evidence, adapted, gather
 from spa.graph.count import count
 from spa.graph.groups import Groups, find_groups
-from spa.graph.normalize import Normal, normalize
+from spa.graph.normalize import Normal, normalize, untied
 from spa.graph.trace import trace
 from spa.plans.edits import Edit, edited, read_edits
-from spa.plans.plan import Plan, check_belongs
+from spa.plans.plan import Plan, check_belongs, graph_sha256
 from spa.stages import Stage, collector_paused, quiet
 from spa.storage.store import Model, load
 from spa.vocabularies.vocabulary import promised, told
@@ -128,6 +128,9 @@ def analyzed_for(
     inputs: shapes other than those that the plan was made with.
     """
     given = opened(model)
+    if plan.graph_sha256 != graph_sha256(given.graph):  # a plan of what was trained since, where no vectors are shared any more
+        apart = untied(given)
+        given = apart if plan.graph_sha256 == graph_sha256(apart.graph) else given
     check_belongs(plan, given, other_weights=other_weights)
     how = plan.trace
     flags = {k: bool(how.get(k, True)) for k in ("protect_outputs", "stat", "keep_state")}  # before there were states they were kept

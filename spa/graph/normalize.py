@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from passes import drop_dead_nodes, fold_constants, gather_shuffles, unshare_constants
+import numpy as np
+
+from passes import drop_dead_nodes, fold_constants, gather_shuffles, merge_copies, unshare_constants
 from spa.graph.shapes import Facts, infer, with_new_constants
+from spa.graph.trace import constant_values
+from spa.graph.view import dtype_is_float
 from spa.plans.rewrite import copy_graph
 from spa.storage.store import Model, with_graph
 
@@ -34,3 +38,17 @@ def normalize(model: Model, inputs: Mapping[str, Sequence[int]] | None = None) -
     if folded or copies or shuffles:
         facts = with_new_constants(facts, graph)
     return Normal(with_graph(model, graph), facts, copies)
+
+
+def untied(model: Model) -> Model:
+    """The model in which vectors that several nodes read are copies of their own; the same model if there are none.
+
+    Exporters merge tensors that are equal: in a network that was not trained yet all norms share one scale, one mean and one variance,
+    which training would have to keep the same. Matrices stay tied, as embeddings and their logits are, unless they hold one number only.
+    """
+    graph = copy_graph(model.graph)
+    copies = unshare_constants(graph, SHARED)
+    stored = constant_values(graph)
+    tied = {c for c in copies if not dtype_is_float(stored[c].dtype) or (len(stored[c].shape) > 1 and np.ptp(stored[c].values) > 0)}
+    merge_copies(graph, copies, tied)
+    return with_graph(model, graph) if len(tied) < len(copies) else model

@@ -21,10 +21,24 @@ import numpy as np
 
 from spa.budgets.metrics import find_metric
 from spa.budgets.quality import Judge, automatic, judge, split
-from spa.data.evidence import Evidence, put
+from spa.data.calibration import Calibration, calibration
+from spa.data.evidence import MOMENTS, SYNTHETIC, Evidence, put
 from spa.errors import BadFile, BadOption
 from spa.graph.analysis import Analysis, Source, analyze, evidence_for, opened
-from spa.learning.training import Samples, Training, decayed, device_of, label_loss, learned, rate_at, teacher_loss
+from spa.graph.normalize import untied
+from spa.learning.training import (
+    FEW,
+    Samples,
+    Training,
+    device_of,
+    label_loss,
+    learned,
+    optimizer_of,
+    packed,
+    rate_at,
+    running,
+    teacher_loss,
+)  # fmt: skip
 from spa.plans.rewrite import copy_graph
 from spa.proof.check import run_session, session
 from spa.proof.feeds import Feeds
@@ -34,7 +48,9 @@ from spa.storage.files import write_files
 from spa.storage.store import Model, save, with_graph
 from spa.torch_ops import Tensor, torch
 
-FORMAT = "spa-training-1"
+FORMAT = "spa-training-2"
+KEPT = "the best model before it was kept; try a smaller --rate"
+MOST = 1 << 60  # samples that are trained on
 CLASSES = ("accuracy", "top5", "agreement", "kl", "perplexity")  # metrics of outputs that are classes
 
 
@@ -107,9 +123,9 @@ def finetune(
         For a checkpoint of another training, and one that can't be written.
     """
     how = training or Training()
-    analysis = analyze(model, stage=stage)
-    evidence = evidence_for(analysis, data, seed=how.seed, stage=stage)
-    held = evidence_for(analysis, evaluate, seed=how.seed, stage=stage)
+    analysis = analyze(untied(opened(model)), stage=stage)
+    evidence = _all_of(analysis, data, how.seed, stage)
+    held = _all_of(analysis, evaluate, how.seed, stage)
     if evidence is None or not evidence.batches:
         raise BadOption("There are no data to train on: give some with --data.")
     if teacher is None and (evidence.noise or evidence.labels is None):
@@ -123,6 +139,13 @@ def finetune(
     with stage("evaluating"):
         judged = judge(reference, chosen, held)
     return _Run(analysis, reference if teacher is not None else None, evidence, judged, how, checkpoint, tell).run()
+
+
+def _all_of(analysis: Analysis, data: Any, seed: int, stage: Stage) -> Evidence | None:
+    """Data as `evidence_for` gives them, without the limit that calibration has."""
+    if data is not None and not isinstance(data, Evidence | Calibration) and not (isinstance(data, str) and data in (SYNTHETIC, MOMENTS)):
+        data = calibration(data, analysis.groups.traced, samples=MOST, seed=seed)
+    return evidence_for(analysis, data, seed=seed, stage=stage)
 
 
 @dataclass
@@ -144,7 +167,7 @@ class _Run:
         self.device = device_of(how.device)
         self.network = TorchGraph(self.given.graph)
         names = learned(analysis)
-        self.weights = {n: p.detach().to(self.device).requires_grad_(n in names) for n, p in self.network.parameters.items()}
+        self.weights = {n: packed(p.detach().to(self.device)).requires_grad_(n in names) for n, p in self.network.parameters.items()}
         self.learned = {n: p for n, p in self.weights.items() if n in names}
         if not self.learned:
             raise BadOption("The model has no weights that training could change.")
@@ -154,7 +177,11 @@ class _Run:
         self.samples = Samples(evidence.batches, how, inputs)
         self.teacher = None if teacher is None else session(teacher)
         self.steps = how.epochs * len(self.samples)
-        self.optimizer = torch.optim.AdamW(decayed(self.learned, how.decay), lr=how.rate)
+        by_batch = how.norms == "batch" or (how.norms == "auto" and self.samples.size >= FEW)
+        self.running = running(analysis) if by_batch else {}
+        self.changing = self.learned | {n: self.weights[n] for n in self.running.values()}
+        self.mixed = how.precision == "bfloat16" or (how.precision == "auto" and self.device.type == "cuda")
+        self.optimizer = optimizer_of(self.learned, how)
         self.identity = hashlib.sha256(repr((self.given.sha256, asdict(how), sorted(names), len(self.samples.rows))).encode()).hexdigest()
 
     def run(self) -> Finetuned:
@@ -164,11 +191,14 @@ class _Run:
         for number in range(state.done + 1, self.how.epochs + 1):
             loss = self._epoch(number)
             if not np.isfinite(loss):
-                stopped = f"the loss became {loss} in epoch {number}: the best model before it was kept; try a smaller --rate"
+                stopped = f"the loss became {loss} in epoch {number}: {KEPT}"
                 break
-            epoch = Epoch(number, loss, self.judge(self._model(self.learned)))
+            epoch = Epoch(number, loss, self.judge(self._model(self.changing)))
+            if not np.isfinite(epoch.value):
+                stopped = f"the {self.judge.metric.name} became {epoch.value} in epoch {number}: {KEPT}"
+                break
             if self._better(epoch, state.history):
-                state.best = {n: p.detach().cpu().clone() for n, p in self.learned.items()}
+                state.best = self._copied()
             state.history.append(epoch)
             state.done = number
             self._keep(state)
@@ -181,7 +211,10 @@ class _Run:
     def _begun(self) -> _State:
         first = Epoch(0, None, self.judge(self.given))
         self.tell(first)
-        return _State(0, [first], {n: p.detach().cpu().clone() for n, p in self.learned.items()})
+        return _State(0, [first], self._copied())
+
+    def _copied(self) -> dict[str, Tensor]:
+        return {n: p.detach().cpu().clone() for n, p in self.changing.items()}
 
     def _better(self, epoch: Epoch, history: Sequence[Epoch]) -> bool:
         higher = self.judge.metric.higher_is_better
@@ -197,8 +230,9 @@ class _Run:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate_at(step, self.steps, self.how)
             self.optimizer.zero_grad()
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-                loss = self._loss(batch)
+            moments: dict[str, Tensor] = {}
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed):
+                loss = self._loss(batch, moments if self.running else None)
             if not bool(torch.isfinite(loss)):
                 return float(loss.detach())
             loss.backward()
@@ -206,14 +240,18 @@ class _Run:
             if not bool(torch.isfinite(norm)):
                 return float("nan")
             self.optimizer.step()
+            with torch.no_grad():
+                for name, tensor in moments.items():
+                    self.weights[self.running[name]].copy_(tensor)
             losses.append(float(loss.detach()))
             step += 1
         return float(np.mean(losses))
 
-    def _loss(self, batch: Feeds) -> Tensor:
+    def _loss(self, batch: Feeds, moments: dict[str, Tensor] | None) -> Tensor:
         inputs = {t.name: batch[t.name] for t in self.given.graph.inputs}
-        fed = {n: torch.as_tensor(np.array(v)).to(self.device) for n, v in inputs.items()}
-        output = self.network.run(fed, parameters=self.weights)[self.judge.output]
+        fed = {n: packed(torch.as_tensor(np.array(v)).to(self.device)) for n, v in inputs.items()}
+        output = self.network.run(fed, parameters=self.weights, moments=moments)[self.judge.output]
+        output = output.float() if output.is_floating_point() else output
         parts = []
         if self.labels is not None and self.how.loss in ("auto", "cross-entropy"):
             labels = torch.as_tensor(np.array(batch[self.labels])).to(self.device)
@@ -242,7 +280,7 @@ class _Run:
         held = {
             "format": FORMAT, "identity": self.identity, "done": state.done, "best": state.best,
             "history": [(e.number, e.loss, e.value) for e in state.history], "optimizer": self.optimizer.state_dict(),
-            "weights": {n: p.detach().cpu() for n, p in self.learned.items()},
+            "weights": {n: p.detach().cpu() for n, p in self.changing.items()},
         }  # fmt: skip
         stream = io.BytesIO()
         torch.save(held, stream)
@@ -259,7 +297,7 @@ class _Run:
             raise BadFile(f"--checkpoint {self.path} is of another model, other data or other settings: give another name, or remove it.")
         with torch.no_grad():
             for name, tensor in held["weights"].items():
-                self.learned[name].copy_(tensor)
+                self.changing[name].copy_(tensor)
         self.optimizer.load_state_dict(held["optimizer"])
         history = [Epoch(*entry) for entry in held["history"]]
         for epoch in history:

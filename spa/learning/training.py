@@ -22,28 +22,39 @@ from numpy.typing import NDArray
 from spa.errors import BadOption
 from spa.graph.analysis import Analysis
 from spa.graph.kinds import KINDS
+from spa.graph.moved import Place, place_of
 from spa.proof.feeds import Feeds
 from spa.torch_ops import Tensor, torch
 
 LEARNED = frozenset(KINDS) - {"position", "other"}  # kinds of groups whose tensors are weights: masks and tables of angles have none
 LOSSES = ("auto", "cross-entropy", "kl", "mse")
+OPTIMIZERS = ("adamw", "sgd")
+NORMS = ("auto", "batch", "stored")
+PRECISIONS = ("auto", "float32", "bfloat16")
+FEW = 16  # samples in a step below which a batch's own statistics are too noisy to train by
 
 
 @dataclass(frozen=True)
 class Training:
     """How to train.
 
-    epochs: passes over the data. rate: of AdamW at its highest. decay: of weights with two axes or more. batch: samples in one, mixed anew
-    in each epoch where all have one shape; None: as the data come. warmup: share of the steps in which the rate rises. temperature: of both
-    softmaxes of `kl`. teaching: weight of the teacher's loss where there are labels too. loss: "auto" takes labels where there are any, and
-    kl or mse for a teacher by whether the metric is about classes. augment: "none", or "images": mirrored, and moved by up to an eighth.
-    clip: largest norm of a gradient.
+    epochs: passes over the data. rate: the optimizer's at its highest. optimizer: "adamw", or "sgd" with Nesterov's momentum. decay: of
+    weights with two axes or more. batch: samples in one, mixed anew in each epoch where all have one shape; None: as the data come. norms:
+    what BatchNormalization goes by: "batch" as in a first training, the stored statistics running along; "stored" leaves these as they are;
+    "auto" is batch from 16 samples in a step on. precision: "bfloat16" is mixed precision, "auto" that where there is a GPU. warmup: share
+    of the steps in which the rate rises. temperature: of both softmaxes of `kl`. teaching: weight of the teacher's loss where there are
+    labels too. loss: "auto" takes labels where there are any, and kl or mse for a teacher by whether the metric is about classes. augment:
+    "none", or "images": mirrored, and moved by up to an eighth. clip: largest norm of a gradient.
     """
 
     epochs: int = 10
     rate: float = 1e-3
+    optimizer: str = "adamw"
+    momentum: float = 0.9
     decay: float = 1e-4
     batch: int | None = None
+    norms: str = "auto"
+    precision: str = "auto"
     warmup: float = 0.05
     temperature: float = 2.0
     teaching: float = 0.5
@@ -63,6 +74,11 @@ class Training:
             "--teaching": (self.teaching, 0 <= self.teaching <= 1, "between 0 and 1"),
             "--loss": (self.loss, self.loss in LOSSES, " or ".join(LOSSES)),
             "--augment": (self.augment, self.augment in ("none", "images"), "none or images"),
+            "--optimizer": (self.optimizer, self.optimizer in OPTIMIZERS, " or ".join(OPTIMIZERS)),
+            "--norms": (self.norms, self.norms in NORMS, " or ".join(NORMS)),
+            "--precision": (self.precision, self.precision in PRECISIONS, " or ".join(PRECISIONS)),
+            "--clip": (self.clip, 0 < self.clip < math.inf, "a number above 0"),
+            "--momentum": (self.momentum, 0 < self.momentum < 1, "between 0 and 1"),
         }  # fmt: skip
         for option, (value, right, wanted) in rules.items():
             if not right:
@@ -88,6 +104,37 @@ def learned(analysis: Analysis) -> frozenset[str]:
     return frozenset(copies.get(v, v) for v in found - moments)
 
 
+def running(analysis: Analysis) -> Mapping[str, str]:
+    """Operand of a norm -> the stored tensor that holds that mean or variance; empty if any norm's are not stored as they are read."""
+    traced = analysis.groups.traced
+    makers = {t.name: n.node for n in traced.nodes for t in n.node.outputs}
+    found: dict[str, str] = {}
+    for node in traced.nodes:
+        for i in (node.signature.moments if node.signature is not None else None) or ():
+            place = place_of(traced, node.node.inputs[i].name, makers)
+            if place is None or not _as_stored(place):
+                return {}
+            found[node.node.inputs[i].name] = place.name
+    return found
+
+
+def _as_stored(place: Place) -> bool:
+    return place.index is None or np.array_equal(place.index.reshape(-1), np.arange(place.index.size))
+
+
+def optimizer_of(parameters: Mapping[str, Tensor], training: Training) -> Any:
+    """The torch optimizer that is meant."""
+    grouped = decayed(parameters, training.decay)
+    if training.optimizer == "sgd":
+        return torch.optim.SGD(grouped, lr=training.rate, momentum=training.momentum, nesterov=True)
+    return torch.optim.AdamW(grouped, lr=training.rate)
+
+
+def packed(tensor: Tensor) -> Tensor:
+    """A tensor of four axes, (n, c, h, w), with its channels next to each other in memory, which convolutions are faster on."""
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+
+
 def device_of(name: str) -> Any:
     """The torch device that is meant. Raises BadOption for one that is not there."""
     if name == "auto":
@@ -109,6 +156,13 @@ class Samples:
         alike = len({tuple((n, v.shape[1:]) for n, v in sorted(b.items())) for b in batches}) == 1
         self.rows = [(i, r) for i, s in enumerate(sizes) for r in range(min(s, default=0))]
         self.mixes = training.batch is not None and alike and all(len(s) == 1 for s in sizes)
+
+    @property
+    def size(self) -> int:
+        """Samples in the smallest of the whole steps."""
+        if self.mixes:
+            return min(self.training.batch or 1, len(self.rows))
+        return min((min((len(v) for v in b.values() if v.ndim), default=1) for b in self.batches), default=1)
 
     def __len__(self) -> int:
         """Steps of an epoch."""
@@ -168,6 +222,6 @@ def teacher_loss(output: Tensor, wanted: Tensor, kind: str, temperature: float) 
 
 
 def decayed(parameters: Mapping[str, Tensor], decay: float) -> list[dict[str, Any]]:
-    """Parameters for AdamW: matrices and kernels decay, biases and norms do not."""
+    """Parameters for an optimizer: matrices and kernels decay, biases and norms do not."""
     wide = [p for p in parameters.values() if p.ndim > 1]
     return [{"params": wide, "weight_decay": decay}, {"params": [p for p in parameters.values() if p.ndim <= 1], "weight_decay": 0.0}]

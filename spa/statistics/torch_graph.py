@@ -64,10 +64,12 @@ class TorchGraph:
             else:
                 self.constants[name] = found
         self._readers = _readers(graph)
+        self._moments: Values | None = None
 
     def run(
-        self, feeds: Mapping[str, Any], taps: Sequence[str] = (), *, parameters: Mapping[str, Tensor] | None = None
-    ) -> dict[str, Tensor]:
+        self, feeds: Mapping[str, Any], taps: Sequence[str] = (), *, parameters: Mapping[str, Tensor] | None = None,
+        moments: Values | None = None,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """Runs the graph.
 
         Parameters
@@ -78,6 +80,8 @@ class TorchGraph:
             Names of values to give besides the outputs: inputs, stored tensors or results of nodes.
         parameters
             Tensors to take in place of those in `parameters`, by name.
+        moments
+            If given, norms with stored statistics take the batch's, as in training, and put the running ones here, by name.
 
         Returns
         -------
@@ -92,6 +96,7 @@ class TorchGraph:
             If a node does not run in torch, or uses a setting that is not implemented.
         """
         values = self.constants | self.parameters | dict(parameters or {})
+        self._moments = moments
         for tensor in self.graph.inputs:
             if tensor.name in feeds:
                 values[tensor.name] = self._fed(feeds[tensor.name])
@@ -130,6 +135,7 @@ class TorchGraph:
             [values[t.name] if t.name else None for t in node.inputs],
             self.dtype,
             lambda body: self._body(body, values),
+            self._moments,
         )
         try:
             found = _function(node)(call)

@@ -12,9 +12,19 @@ def channelwise(vector: Tensor, rank: int) -> Tensor:
 
 @op("BatchNormalization", "SpatialBN")
 def batch_normalization(call: Call) -> Results:
-    """By the stored statistics; in training mode by those of the batch, and gives the running ones too."""
+    """By the stored statistics; in training mode by those of the batch, and gives the running ones too.
+
+    Where a run tracks moments (`Call.moments`), by those of the batch whatever the mode.
+    """
     x, scale, bias, mean, variance = call.inputs[:5]
     epsilon = call.attr("epsilon", 1e-5)
+    if call.moments is not None and not call.attr("training_mode", 0):
+        now = [torch.zeros_like(mean), torch.ones_like(variance)]  # momentum 1 below: what runs is the batch's own
+        y = torch.nn.functional.batch_norm(x, *now, scale, bias, True, 1.0, epsilon)
+        momentum = call.attr("momentum", 0.9)
+        for place, old, new in zip((3, 4), (mean, variance), now, strict=True):
+            call.moments[call.node.inputs[place].name] = old.detach() * momentum + new * (1 - momentum)
+        return y
     if not call.attr("training_mode", 0):
         slope = scale * torch.rsqrt(variance + epsilon)  # torch's own has no gradient by the statistics
         return x * channelwise(slope, x.dim()) + channelwise(bias - mean * slope, x.dim())

@@ -73,6 +73,8 @@ class Call:
         The torch dtype that stands for every float type.
     body
         Runs a graph held by an attribute, with the values around it in sight, and gives its outputs.
+    moments
+        Where norms with stored statistics take the batch's instead: filled with the running ones, by the names of the operands; else None.
     """
 
     node: gs.Node
@@ -80,6 +82,7 @@ class Call:
     inputs: Sequence[Tensor]
     dtype: Any
     body: Callable[[gs.Graph], list[Tensor]]
+    moments: dict[str, Tensor] | None = None
 
     def __getitem__(self, index: int) -> Tensor:
         """Input `index`, None where it is left out."""
