@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,10 +25,14 @@ class Mask:
 
 @dataclass(frozen=True)
 class Compress:
-    """A node runs over the kept positions alone: inputs -> axis -> positions; outputs -> axis -> where each position is found."""
+    """A node runs over the kept positions alone: inputs -> axis -> positions; outputs -> axis -> where each position is found.
+
+    named: outputs whose elements are positions -> the positions that were kept, which are counted among themselves there.
+    """
 
     inputs: Mapping[int, Mapping[int, NDArray[np.int64]]]
     outputs: Mapping[int, Mapping[int, NDArray[np.int64]]]
+    named: Mapping[int, NDArray[np.int64]] = field(default_factory=dict)
 
 
 def insert_masks(
@@ -42,7 +46,8 @@ def insert_masks(
     """Masks inputs and compresses nodes, which are named by their first output; `types` gives element types.
 
     before -> after: Conv(x, w) -> Conv(Where(keep, x, 0), w);
-    ReduceMean(x) -> ReduceMean(Gather(x, kept)). `Where`, not a product: a masked position may hold NaN.
+    ReduceMean(x) -> ReduceMean(Gather(x, kept));
+    ArgMax(x) -> Gather(kept, ArgMax(Gather(x, kept))). `Where`, not a product: a masked position may hold NaN.
     stored: nodes whose constants stay constants, masked and gathered beforehand. Returns the number of nodes that changed.
     """
     opset = next((d.version for d in graph.import_domains or () if d.domain in ("", "ai.onnx")), graph.opset)
@@ -65,6 +70,8 @@ def insert_masks(
         if name in compress:
             for index, axes in compress[name].outputs.items():
                 after += builder.spread(node, index, axes)
+            for index, kept in compress[name].named.items():
+                after += builder.renamed(node, index, kept)
         nodes += [node, *after]
     graph.nodes[:] = nodes
     return changed
@@ -139,3 +146,11 @@ class _Builder:
         self.gather(made, inner, axes)
         made[-1].outputs[0] = final
         return made
+
+    def renamed(self, node: gs.Node, index: int, kept: NDArray[np.int64]) -> list[gs.Node]:
+        """Positions among the kept ones as positions among all."""
+        final = node.outputs[index]
+        inner = self._variable(final)
+        node.outputs[index] = inner
+        table = gs.Constant(self._name("kept"), kept)
+        return [gs.Node("Gather", final.name, {"axis": 0}, [table, inner], [final])]

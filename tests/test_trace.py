@@ -118,7 +118,7 @@ def test_an_operand_that_is_a_setting_stays() -> None:
 @pytest.mark.parametrize(
     "body, held",
     [
-        ("h = MatMul(x, w1) y = ArgMax<axis=1, keepdims=0>(h)", "axis 1 of h the operator returns positions along it at ArgMax y"),
+        ("h = MatMul(x, w1) y = ArgMax<axis=1, keepdims=0>(h)", "axis 1 of h has its positions read by output y at ArgMax y"),
         ("h = MatMul(x, w1) u = CumSum(h, one) v = ReduceSum<keepdims=0>(u, ax) y = Cast<to=7>(v)",
          "axis 1 of h the order of all positions along it matters at CumSum u"),
     ],

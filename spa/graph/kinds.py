@@ -12,7 +12,8 @@ weights made is
 and at contractions with stored weights, a group that is none of these is
 
     recurrent            two axes of one stored operand share it: a unit that sees itself one step before
-    expert               a part of a stack of weights; expert-neuron: column and output of such stacks
+    expert               a part of a stack of weights, or of what the network picks weights from (`spa.graph.chosen`)
+    expert-neuron        column and output of such stacks, or of the weights that were picked
     vocabulary           rows of a stored table that are picked by data
     residual             where data of different makers are added up, and a norm runs over it or no window slides along
     channel              column or output of a map with a window
@@ -118,6 +119,8 @@ class _Roles:
         self._known: dict[int, frozenset[int]] = {}
         self._origins: dict[str, int] = {t.name: 1 << i for i, t in enumerate(groups.traced.graph.inputs)}
         self._bits = len(self._origins)
+        self._chosen = {pick.node for choice in groups.traced.choices for pick in choice.picks}
+        self._parts: set[str] = set()  # stored weights of which the network picked some
         for number, node in enumerate(groups.traced.nodes):
             if node.signature is not None:
                 self._look(number, node, node.signature)
@@ -170,6 +173,10 @@ class _Roles:
         bits = 0
         for number in range(len(node.node.inputs)):
             bits |= self._data(node, number)
+        picked = self._picks(node) and not self._data(node, 0)
+        if picked or (not bits and any(t.name in self._parts for t in node.node.inputs)):
+            self._parts.update(t.name for t in node.node.outputs if t.name)
+            bits = 0
         if bits and node.signature is not None and node.signature.macs:
             bits = 0
             fresh = True
@@ -179,6 +186,10 @@ class _Roles:
             bits = 1 << self._bits
             self._bits += 1
         self._origins.update((t.name, bits) for t in node.node.outputs if t.name)
+
+    def _picks(self, node: NodeTrace) -> bool:
+        """Whether a node picks at positions that the network chose itself."""
+        return bool(node.node.outputs) and node.node.outputs[0].name in self._chosen
 
     def _look(self, number: int, node: NodeTrace, signature: Signature) -> None:
         for name in node.dims:
@@ -196,7 +207,8 @@ class _Roles:
         for name in signature.picked:
             table = next((_names(o) for i, o in enumerate(signature.inputs) if name in _names(o) and not self._data(node, i)), [])
             for other in table:  # a table is a linear map of positions
-                self._note("row" if other == name else "output", self._dim(node, other))
+                row = "part" if self._picks(node) else "row"
+                self._note(row if other == name else "output", self._dim(node, other))
         self._contraction(number, node, signature)
 
     def _contraction(self, number: int, node: NodeTrace, signature: Signature) -> None:
@@ -217,6 +229,7 @@ class _Roles:
         where = "" if linear.window is None else "window "
         shared = [n for n in weight if n in data and kind_of(signature, n) is not SUM]
         stacked = any(self._dim(node, n) for n in shared) and linear.window is None
+        stacked |= node.node.inputs[linear.weight].name in self._parts
         for name in weight:
             members = self._dim(node, name)
             role = "column" if name in data else "output"

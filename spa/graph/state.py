@@ -13,14 +13,19 @@ a state other than the one that grows may shrink as those of any inner value.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from spa.graph.atoms import Atoms
 from spa.signatures.holding import EVERY, grows_by, held_by
+
+if TYPE_CHECKING:
+    from spa.graph.trace import Axis
 
 Keeps = Mapping[str, Mapping[int, NDArray[np.int64]]]  # value -> axis -> positions that are left
 Pair = tuple[str, str]
@@ -52,6 +57,54 @@ def state_pairs(graph: gs.Graph) -> tuple[Pair, ...]:
         sources = _sources(output)
         found += [(t.name, output.name) for t in graph.inputs if t.name in sources and _rank(output, ranks[t.name]) == ranks[t.name]]
     return tuple(found)
+
+
+def matched(
+    pairs: Sequence[Pair], axes: Mapping[str, Sequence[Axis] | None], atoms: Atoms
+) -> tuple[tuple[State, ...], list[tuple[str, int, bool]]]:
+    """The states among pairs, by the axes that tracing found, and what else stays whole: (value, axis, whether a state grows there).
+
+    Each input and each output is of one state at most.
+    """
+    found: dict[str, State] = {}
+    taken: set[str] = set()
+    for name, output in pairs:
+        state = None if name in found or output in taken else _state((name, output), axes[name] or (), axes.get(output) or (), atoms)
+        if state is not None:
+            found[name] = state
+            taken.add(output)
+    whole = []
+    for name in dict(pairs):
+        shared = found[name].axes if name in found else ()
+        whole += [(name, i, name in found) for i in range(len(axes[name] or ())) if i not in shared]
+        if name in found:
+            whole += [(found[name].output, i, True) for i in range(len(axes[found[name].output] or ())) if i not in shared]
+    return tuple(found.values()), whole
+
+
+def _state(pair: Pair, before: Sequence[Axis], after: Sequence[Axis], atoms: Atoms) -> State | None:
+    """The state that a pair is, by its axes after tracing: all the same dims but one at most; None where it is none."""
+    if len(before) != len(after):
+        return None
+
+    def stays(axis: Axis) -> bool:
+        return axis.labels is None or not atoms.resolve(axis.labels).any()
+
+    both = list(zip(before, after, strict=True))
+    shared = tuple(i for i, (x, y) in enumerate(both) if _same(x, y, atoms))
+    other = [i for i, (x, y) in enumerate(both) if x.length != y.length]
+    loose = [i for i, (x, y) in enumerate(both) if i not in shared and not (stays(x) and stays(y))]
+    grows = {*other, *loose}
+    return State(*pair, next(iter(grows), None), shared) if shared and len(grows) <= 1 else None
+
+
+def _same(one: Axis, two: Axis, atoms: Atoms) -> bool:
+    if one.labels is None or two.labels is None:
+        return False
+    if np.array_equal(atoms.resolve(one.labels, frozen=True), atoms.resolve(two.labels, frozen=True)):
+        return True
+    free, other = atoms.resolve(one.labels), atoms.resolve(two.labels)  # a factor that stays whole need not be one atom
+    return bool(free.shape[1]) and np.array_equal(free, other)
 
 
 def _rank(tensor: gs.Tensor, otherwise: int) -> int:

@@ -17,9 +17,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from spa.graph.atoms import Atoms, Labels, merge, stack
+from spa.graph.chosen import Choice, Choices
 from spa.graph.promise import Vocabulary
 from spa.graph.shapes import Facts
-from spa.graph.state import Pair, State, state_pairs
+from spa.graph.state import Pair, State, matched, state_pairs
 from spa.graph.view import FLOATS, constant_of, dtype_holds_weights, stored, view
 from spa.signatures import FIXED, STAT, Refusal, Signature, rule_of
 from spa.signatures.arithmetic import READS_SHAPE
@@ -67,7 +68,7 @@ class NodeTrace:
 
 @dataclass(frozen=True)
 class Traced:
-    """Every axis of every value in atoms. vocabulary: what was promised, and `ids`, the axis of all ids."""
+    """Every axis of every value in atoms. vocabulary: what was promised, and `ids`, the axis of all ids. choices: followed positions."""
 
     graph: gs.Graph
     facts: Facts
@@ -78,6 +79,7 @@ class Traced:
     states: tuple[State, ...] = ()
     vocabulary: Vocabulary | None = None
     ids: Axis | None = None
+    choices: tuple[Choice, ...] = ()
 
     @cached_property
     def weights(self) -> tuple[str, ...]:
@@ -116,6 +118,7 @@ def trace(
 class _Tracer:
     def __init__(self, graph: gs.Graph, facts: Facts, stat: bool, vocabulary: Vocabulary | None) -> None:
         self.graph, self.facts, self.stat, self.vocabulary = graph, facts, stat, vocabulary
+        self.choices = Choices()
         self.of_ids: list[Axis] = []  # all one: an id goes everywhere or nowhere
         self.atoms = Atoms()
         self.axes: dict[str, tuple[Axis, ...] | None] = {}
@@ -143,6 +146,8 @@ class _Tracer:
                 self.nodes.append(NodeTrace(node, None))
             else:
                 self.nodes.append(self._visit(node))
+                self.choices.follow(node, self.nodes[-1].signature, node_name(node), outer_values(node))
+        self.choices.settle(self.graph.outputs, self.atoms, self._reason)
         for tensor in self.graph.outputs:
             if tensor.inputs and tensor.inputs[0].op in READS_SHAPE:
                 self._freeze_value(tensor.inputs[0].inputs[0].name, "", "", "has its size as an output of the graph")
@@ -156,8 +161,9 @@ class _Tracer:
             self.atoms.unify(every[0], labels)
         ids = self.of_ids[0] if self.of_ids else None
         return Traced(
-            self.graph, self.facts, self.atoms, self.axes, tuple(self.nodes), tuple(self.reasons), states, self.vocabulary, ids
-        )
+            self.graph, self.facts, self.atoms, self.axes, tuple(self.nodes), tuple(self.reasons), states, self.vocabulary, ids,
+            tuple(c for c in self.choices.found if c.followed),
+        )  # fmt: skip
 
     def _output(self, name: str, protected: bool) -> None:
         """An output's axes stay, but for one of the ids whose columns are to go."""
@@ -181,43 +187,10 @@ class _Tracer:
 
     def _states(self, pairs: Sequence[Pair]) -> tuple[State, ...]:
         """The pairs whose axes turned out to be the same dims, all but one. Everything else of them stays whole."""
-        found: dict[str, State] = {}
-        taken: set[str] = set()
-        for name, output in pairs:
-            state = None if name in found or output in taken else self._state(name, output)
-            if state is not None:
-                found[name] = state
-                taken.add(output)
-        for name in dict(pairs):
-            shared = found[name].axes if name in found else ()
-            for i, axis in enumerate(self.axes[name] or ()):
-                if i not in shared:
-                    self._freeze(axis, "", "", name, i, "is where a state grows" if name in found else INPUT)
-            for i, axis in enumerate(self.axes[found[name].output] or ()) if name in found else ():
-                if i not in shared:
-                    self._freeze(axis, "", "", found[name].output, i, "is where a state grows")
-        return tuple(found.values())
-
-    def _state(self, name: str, output: str) -> State | None:
-        before, after = self.axes[name] or (), self.axes.get(output) or ()
-        if len(before) != len(after):
-            return None
-        shared = tuple(i for i, (x, y) in enumerate(zip(before, after, strict=True)) if self._same(x, y))
-        other = [i for i, (x, y) in enumerate(zip(before, after, strict=True)) if x.length != y.length]
-        loose = [i for i, axis in enumerate(before) if i not in shared and not (self._stays(axis) and self._stays(after[i]))]
-        grows = {*other, *loose}
-        return State(name, output, next(iter(grows), None), shared) if shared and len(grows) <= 1 else None
-
-    def _stays(self, axis: Axis) -> bool:
-        return axis.labels is None or not self.atoms.resolve(axis.labels).any()
-
-    def _same(self, one: Axis, two: Axis) -> bool:
-        if one.labels is None or two.labels is None:
-            return False
-        if np.array_equal(self.atoms.resolve(one.labels, frozen=True), self.atoms.resolve(two.labels, frozen=True)):
-            return True
-        free, other = self.atoms.resolve(one.labels), self.atoms.resolve(two.labels)  # a factor that stays whole need not be one atom
-        return bool(free.shape[1]) and np.array_equal(free, other)
+        found, whole = matched(pairs, self.axes, self.atoms)
+        for name, i, grows in whole:
+            self._freeze((self.axes[name] or ())[i], "", "", name, i, "is where a state grows" if grows else INPUT)
+        return found
 
     # ------------------------------------------------------------------ values
 
@@ -267,6 +240,7 @@ class _Tracer:
             return self._refuse(node, f"stays because the shapes do not fit the signature {made}")
         dims = self._solve(node, made, sizes)
         self._outputs(node, made, dims, sizes)
+        self.choices.begin(node, node_name(node), made, dims)
         if any(stored(t) for t in node.inputs if t.name) and all(stored(t) or t.name in self.constants for t in node.inputs):
             self.constants.update(t.name for t in node.outputs)
         return NodeTrace(node, made, dims)
@@ -310,6 +284,7 @@ class _Tracer:
                 self._take_apart(part, Axis(length, labels, axis.why or self.one), sizes, found, value, i)
 
     def _join(self, node: gs.Node, made: Signature, name: str, parts: list[tuple[Axis, str, int]]) -> Axis:
+        chosen = self.choices.picked(node, made, name, *parts[0])
         free = [(a, v, i) for a, v, i in parts if a.labels is not None]
         held = next((a for a, _, _ in parts if a.labels is None), None)
         if not free:
@@ -323,7 +298,7 @@ class _Tracer:
                 self.atoms.freeze(axis.labels, held.why or self.one)
         if self._looked_up(node, made, name, first):
             self.of_ids.append(first)
-        elif kind is FIXED or (kind is STAT and not self.stat):
+        elif (kind is FIXED and not chosen) or (kind is STAT and not self.stat):
             cause = cause_of(made, name) if kind is FIXED else "is what a normalisation runs over (--no-stat)"
             for axis, v, i in free:
                 self._freeze(axis, node_name(node), node.op, v, i, cause)
@@ -393,6 +368,10 @@ class _Tracer:
         axes = self.facts.shapes.get(value) or ()
         length = sizes.get(name, axes[i] if i < len(axes) else 0)
         dynamic = self.facts.dynamic.get(value, ())
+        if kind_of(made, name) is FIXED and made.gives and 1 < length <= MOST:
+            chosen = Axis(length, self.atoms.fresh(length))  # stays, but sums over what was chosen are known by it
+            self._freeze(chosen, node_name(node), node.op, value, i, cause_of(made, name))
+            return chosen
         if kind_of(made, name) is FIXED or not 1 < length <= MOST or (i < len(dynamic) and dynamic[i]):
             return Axis(length, None, self._reason(node_name(node), node.op, value, i, cause_of(made, name)))
         return Axis(length, self.atoms.fresh(length))

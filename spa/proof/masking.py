@@ -101,4 +101,6 @@ def _compress(node: NodeTrace, dims: dict[str, Keep | None]) -> Compress | None:
     return Compress(
         {i: {a: np.flatnonzero(k) for a, k in axes.items()} for i, axes in inputs.items()},
         {i: {a: np.maximum(np.cumsum(k) - 1, 0) for a, k in axes.items()} for i, axes in outputs.items() if i < len(names) and names[i]},
-    )
+        {i: np.flatnonzero(keep) for i, name in signature.gives.items() if i < len(names) and names[i]
+         for keep in [dims.get(name)] if keep is not None},
+    )  # fmt: skip

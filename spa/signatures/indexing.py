@@ -122,7 +122,7 @@ def gather_elements(node: NodeView) -> Signature | Refusal:
     rows = tuple(Dim(f"a.{i}" if s else f"y.{i}") for i, s in enumerate(same))
     scatter = len(node.inputs) > 2
     return Signature((data, rows, *([rows] if scatter else [])), (data if scatter else rows,), {"x": FIXED, "y": FIXED},
-                     {"x": BY_DATA, "y": "holds positions"})
+                     {"x": BY_DATA, "y": "holds positions"}, picked={f"x.{axis}": 1})
 
 
 @signature("TensorScatter")
@@ -149,6 +149,7 @@ def gather_nd(node: NodeView) -> Signature | Refusal:
     rows = whole(len(index), "y")
     picked = whole(len(index) - 1, "y") + left[depth:]
     causes = {"x": BY_DATA, "y": "holds positions"}
+    one = {f"x.{batch}": 1} if index[-1] == 1 else {}
     if node.op == "ScatterND":
-        return Signature((left, rows, picked), (left,), {"x": FIXED, "y": FIXED}, causes)
-    return Signature((left, rows), (picked,), {"x": FIXED, "y": FIXED}, causes)
+        return Signature((left, rows, picked), (left,), {"x": FIXED, "y": FIXED}, causes, picked=one)
+    return Signature((left, rows), (picked,), {"x": FIXED, "y": FIXED}, causes, picked=one)

@@ -7,6 +7,7 @@ from spa.signatures.table import (
     MAP,
     STAT,
     SUM,
+    Demand,
     Dim,
     Kind,
     NodeView,
@@ -22,7 +23,6 @@ from spa.signatures.table import (
 
 SUMS = ["ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2"]
 STATISTICS = """ReduceMean ReduceMax ReduceMin ReduceProd ReduceLogSum ReduceLogSumExp""".split()
-CHOOSES = "the operator returns positions along it"
 
 
 def _axes(node: NodeView, rank: int) -> set[int] | None:
@@ -90,17 +90,35 @@ def argument(node: NodeView) -> Signature | Refusal:
     keep = bool(node.attrs.get("keepdims", 1))
     names = [Dim("r" if i == axis else f"a.{i}") for i in range(len(shape))]
     out: tuple[Term, ...] = tuple(One() if i == axis else n for i, n in enumerate(names) if keep or i != axis)
-    return Signature((tuple(names),), (out,), {"r": FIXED, "a": MAP}, {"r": CHOOSES})
+    return Signature((tuple(names),), (out,), {"r": STAT, "a": MAP}, gives={0: "r"})
 
 
-@signature("TopK", "CumSum", "CumProd", "Compress")
+@signature("TopK")
+def top(node: NodeView) -> Signature | Refusal:
+    """The k largest among the positions that there are, and where they are: at least k positions stay."""
+    shape = node.inputs[0]
+    if shape is None:
+        return Refusal("its shape is unknown")
+    axis = axis_of(node, -1, len(shape))
+    counts = ints(node.value(1)) if len(node.inputs) > 1 else ints([node.attrs.get("k", 1)])
+    terms = tuple(Dim("r" if i == axis else f"a.{i}") for i in range(len(shape)))
+    out = tuple(Dim("q" if i == axis else f"a.{i}") for i in range(len(shape)))
+    outputs = tuple(out if s is not None and len(s) == len(shape) else None for s in node.outputs)
+    known = counts is not None and len(counts) == 1 and len(node.outputs) == len(outputs)
+    demands = (Demand("r", least=counts[0], cause="so many of them are chosen"),) if known and counts else ()
+    causes = {"r": "has an unknown number of its positions chosen", "q": "counts what is chosen"}
+    return Signature((terms, *[None] * (len(node.inputs) - 1)), outputs, {"r": STAT if known else FIXED, "q": FIXED}, causes,
+                     demands=demands, gives={1: "r"})
+
+
+@signature("CumSum", "CumProd", "Compress")
 def along(node: NodeView) -> Signature | Refusal:
     """What happens along one axis depends on the order or the rank of all positions; other axes pass."""
     shape = node.inputs[0]
     if shape is None:
         return Refusal("its shape is unknown")
     axis: int | None = None
-    if "axis" in node.attrs or node.op == "TopK":
+    if "axis" in node.attrs:
         axis = axis_of(node, -1, len(shape))
     elif node.op != "Compress" and len(node.inputs) > 1:
         listed = ints(node.value(1))
