@@ -2,7 +2,8 @@
 
 Two kinds, kept apart. Those that keep the function: `fold_constants`, `gather_shuffles`, `unshare_constants`, `merge_copies`,
 `drop_dead_nodes`, `split_branches`, and `replace_constants`, `drop_biases` and `turn_stream` as far as what they are told does. Those that
-change it as told: `remove_channels`, `drop_branches`, `zero_branches`, `insert_gates`, `insert_masks`, `mix_outputs`; `insert_biases` adds
+change it as told: `remove_channels`, `drop_branches`, `zero_branches`, `insert_gates`, `insert_masks`, `scale_inputs`,
+`mix_outputs`; `insert_biases` adds
 zeros, for repair to fill, `insert_id_maps` lets a pruned vocabulary be fed as before. Each returns how many changes it made and is
 idempotent, unless it says otherwise.
 This package imports nothing of ours.
@@ -13,7 +14,7 @@ from passes.branches import drop_branches
 from passes.cast import Widened
 from passes.constants import drop_dead_nodes, fold_constants, merge_copies, unshare_constants
 from passes.exact import drop_biases, replace_constants
-from passes.gates import Gate, insert_gates, zero_branches
+from passes.gates import Gate, Scale, insert_gates, scale_inputs, zero_branches
 from passes.ids import insert_id_maps
 from passes.mask import Compress, Mask, insert_masks
 from passes.mixing import mix_outputs
@@ -32,6 +33,7 @@ __all__ = [
     "Mask",
     "Patch",
     "Removal",
+    "Scale",
     "Turn",
     "Weight",
     "Widened",
@@ -49,6 +51,7 @@ __all__ = [
     "part_sums",
     "remove_channels",
     "replace_constants",
+    "scale_inputs",
     "split_branches",
     "turn_stream",
     "unshare_constants",

@@ -86,6 +86,38 @@ def zero_branches(graph: gs.Graph, replace: Mapping[str, str], inputs: Sequence[
     return count
 
 
+@dataclass(frozen=True)
+class Scale:
+    """Input number `place` of a node, a value of so many axes, is multiplied by factors along some of them. dtype: of the value."""
+
+    place: int
+    rank: int
+    dtype: Any
+    axes: Mapping[int, Sequence[float]]
+
+
+def scale_inputs(graph: gs.Graph, scales: Mapping[str, Scale]) -> int:
+    """Puts factors on inputs of nodes, which are named by their first output.
+
+    before -> after: y = MatMul(x, w) -> y = MatMul(Mul(x, s), w). Returns the number of inputs scaled; not idempotent. Raises KeyError
+    where a node is not in the graph.
+    """
+    made = {node.outputs[0].name: node for node in graph.nodes if node.outputs}
+    before: dict[int, gs.Node] = {}
+    for name, scale in scales.items():
+        node = made[name]
+        factor = np.ones([1] * scale.rank)
+        for axis, along in scale.axes.items():
+            factor = factor * np.asarray(along).reshape([-1 if a == axis else 1 for a in range(scale.rank)])
+        tensor = node.inputs[scale.place]
+        out = gs.Variable(f"{name}/scaled{scale.place}", dtype=tensor.dtype, shape=tensor.shape)
+        by = gs.Constant(f"{out.name}/factor", factor.astype(np.dtype(scale.dtype)))
+        before[id(node)] = gs.Node("Mul", out.name, {}, [tensor, by], [out])
+        node.inputs[scale.place] = out
+    graph.nodes[:] = [n for node in list(graph.nodes) for n in (before.get(id(node)), node) if n is not None]
+    return len(scales)
+
+
 def _end(replace: Mapping[str, str], value: str) -> str:
     seen = set()
     while value in replace and value not in seen:

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from spa import criteria
-from spa.budgets.budget import Budget, with_data
+from spa.budgets.budget import Budget, budget_of, check_limits, with_data
 from spa.budgets.planner import Planner
 from spa.budgets.steps import Stages, prune_in_steps
+from spa.criteria.brought import read_brought, resolved
 from spa.criteria.refine import refined
 from spa.criteria.score import Known, score
 from spa.criteria.views import Data
@@ -24,7 +26,9 @@ from spa.data.evidence import Evidence
 from spa.engines import find as find_engine
 from spa.errors import BadOption, CheckFailed, NothingToPrune
 from spa.exact import NO_RANKS, Ranks
+from spa.exact.ranks import joined
 from spa.exact.rewriting import prove_bases, with_bases
+from spa.exact.scales import with_scales
 from spa.graph.analysis import Analysis, Source, analyze, analyzed_for, evidence_for, moved, opened
 from spa.graph.count import Counts, count
 from spa.graph.groups import why_nothing
@@ -138,6 +142,7 @@ def plan(
     target: str | Sequence[str] | Budget = (),
     known: Known | None = None,
     ranks: Ranks = NO_RANKS,
+    scores: Any = None,
     stage: Stage = quiet,
 ) -> Plan:
     """Decides what goes.
@@ -153,7 +158,8 @@ def plan(
     damping: ridge of the errors that are estimated, over the mean variance of a layer's inputs. target: in place of a ratio, what the
     result may cost ("macs=0.5", "size=8MB", …) or a `Budget` with all that goes with it. known: scores and losses of an earlier plan of
     the same model, criterion and data, which are not worked out again. ranks: how much of the heads' singular bases stays; nothing else
-    goes then unless there is a ratio or a target too.
+    goes then unless there is a ratio or a target too. scores: an .npz file or a mapping of scores, masks and scales of channels
+    (`spa.criteria.brought`); the same goes for masks.
     Raises SpaError; NothingToPrune if nothing would go.
     """
     budget = budget_of(target)
@@ -166,13 +172,20 @@ def plan(
     analysis = model if isinstance(model, Analysis) else analyze(
         model, inputs=inputs, protect_outputs=protect_outputs, stat=stat, keep_state=keep_state, stage=stage)  # fmt: skip
     analysis, by_rank = with_bases(analysis, ranks, stage=stage)
+    brought = read_brought(scores)
+    said = None if brought is None else resolved(brought, analysis.groups, target=budget.asks)
+    analysis = analysis if said is None else with_scales(analysis, said.scales, stage=stage)
     analysis.given.origin.prepare()  # plans name their model by its hash, which takes as long as reading the file
     groups = analysis.groups
-    if by_rank is not None:
+    decided = joined([by_rank, None if said is None else said.masks], groups.total)
+    record: dict[str, Any] = ranks.record | ({} if brought is None else {"scores": brought.name})
+    if decided is not None:
         if ratio is None:
-            return make_plan(analysis.given, groups, by_rank.gone, copies=analysis.normal.copies, options={"ratio": None, **ranks.record},
-                             trace=analysis.settings, notes=by_rank.notes)  # fmt: skip
-        options = replace(options, exclude=(*options.exclude, *by_rank.patterns))
+            if not decided.gone.any():
+                raise NothingToPrune(why_nothing(groups, decided.notes))
+            return make_plan(analysis.given, groups, decided.gone, copies=analysis.normal.copies, options={"ratio": None, **record},
+                             trace=analysis.settings, notes=decided.notes)  # fmt: skip
+        options = replace(options, exclude=(*options.exclude, *decided.patterns))
     wants = needs or swaps or budget.asks or budget.judges
     evidence = evidence_for(analysis, calibration, seed=seed, stage=stage) if wants else None
     budget, evidence = with_data(analysis, budget, evidence, seed=seed, stage=stage)
@@ -182,25 +195,25 @@ def plan(
         way_out = "use --calibration synthetic or none"
         raise BadOption(f"Criterion {criterion!r} and --swaps look at inputs, and the norms' moments are none: {way_out}.")
     data = None if evidence is None else Data(evidence.model, evidence.batches, loss, evidence.labels, damping)
-    relative = normalize == "energy"
     with stage("scoring"):
-        scores = known.scores if known is not None else score(
-            analysis.normal.model.graph, groups, criterion, seed=seed, data=data, aggregate=aggregate, relative=relative)  # fmt: skip
+        by_criterion = partial(score, analysis.normal.model.graph, groups, criterion, seed=seed, data=data, aggregate=aggregate,
+                               relative=normalize == "energy")  # fmt: skip
+        scored = known.scores if known is not None else by_criterion() if said is None else said.fill(groups, by_criterion)
     block = find_engine(budget.provider).block()
-    record: Mapping[str, Any] = {}
     if budget.asks:
         space = find_space(groups, options, block=block)
-        made = Planner(analysis, space, scores, budget, evidence, normalize=normalize, seed=seed, known=known, stage=stage).decide()
-        gone, found, record = made.gone, space.notes, made.record
+        made = Planner(analysis, space, scored, budget, evidence, normalize=normalize, seed=seed, known=known, stage=stage).decide()
+        gone, found = made.gone, space.notes
+        record = {**record, "budget": dict(made.record)}
     else:
         with stage("choosing"):
-            choice = choose(groups, scores, options, block=block)
+            choice = choose(groups, scored, options, block=block)
         gone, found = choice.gone, choice.notes
-    if by_rank is not None:
-        gone, found = gone | by_rank.gone, {**found, **by_rank.notes}
+    if decided is not None:
+        gone, found = gone | decided.gone, {**found, **decided.notes}
     if not gone.any():
         raise NothingToPrune(why_nothing(groups, found))
-    notes = {**dict.fromkeys(scores.instead, f"was scored by l2: no layer sums over it, so {criterion} says nothing of it"), **found}
+    notes = {**dict.fromkeys(scored.instead, f"was scored by l2: no layer sums over it, so {criterion} says nothing of it"), **found}
     if swaps and data is not None:
         with stage("exchanging"):
             held = find_space(groups, options, block=block).held
@@ -212,20 +225,15 @@ def plan(
         "multiple_of": multiple_of,
         "block": block,
         "keep_at_least": keep_at_least,
-        "include": list(include),
-        "exclude": list(exclude),
-        "units": list(units),
-        "protect": list(protect),
+        "include": list(include), "exclude": list(exclude), "units": list(units), "protect": list(protect),
         "ratios": dict(ratios or {}),
         "seed": seed,
-    }
+    }  # fmt: skip
     if evidence is not None:
         chosen |= {"calibration": evidence.name, "samples": evidence.samples, "swaps": swaps, "loss": loss, "damping": damping}
     if evidence is not None or aggregate is not None or normalize != "mean":
         chosen |= {"aggregate": aggregate, "normalize": normalize}
-    chosen |= ranks.record
-    if record:
-        chosen["budget"] = dict(record)
+    chosen |= record
     return make_plan(analysis.given, groups, gone, copies=analysis.normal.copies, options=chosen, trace=analysis.settings, notes=notes)
 
 
@@ -234,19 +242,6 @@ def layers_alone(analysis: Analysis, seed: int) -> Plan:
     nothing = np.zeros(analysis.groups.total, bool)
     return make_plan(analysis.given, analysis.groups, nothing, copies=analysis.normal.copies, options={"seed": seed},
                      trace=analysis.settings, notes={})  # fmt: skip
-
-
-def budget_of(target: str | Sequence[str] | Budget) -> Budget:
-    """A budget, whatever form it was given in."""
-    return target if isinstance(target, Budget) else Budget((target,) if isinstance(target, str) else tuple(target))
-
-
-def check_limits(budget: Budget, ratio: float | None, scope: str | None) -> None:
-    """Raises BadOption for options that say two things at once."""
-    if budget.asks and ratio is not None:
-        raise BadOption("--ratio says how many channels go, --target and --max-drop what is left: give one of them.")
-    if budget.asks and scope is not None:
-        raise BadOption("--scope spreads a ratio; with --target and --max-drop, --allocation says how widths are found.")
 
 
 @collector_paused()
@@ -325,6 +320,7 @@ def prune(
     steps: int = 1,
     edits: Sequence[Edit | Mapping[str, Any]] = (),
     drop_layers: Depth | None = None,
+    scores: Any = None,
     qk_rank: float | None = None,
     vo_rank: float | None = None,
     stage: Stage = quiet,
@@ -343,7 +339,7 @@ def prune(
     wishes = {
         "criterion": criterion, "scope": scope, "multiple_of": multiple_of, "keep_at_least": keep_at_least, "include": include,
         "exclude": exclude, "units": units, "protect": protect, "ratios": ratios, "aggregate": aggregate, "normalize": normalize,
-        "swaps": swaps, "loss": loss,
+        "swaps": swaps, "loss": loss, "scores": read_brought(scores),
         "damping": repair.damping if isinstance(repair, RepairOptions) else DAMPING, "ranks": Ranks(qk_rank, vo_rank),
     }  # fmt: skip
     return carried_out(analysis, wishes, ratio=ratio, budget=replace(budget_of(target), repair=repair), evidence=evidence, steps=steps,
@@ -374,6 +370,11 @@ def carried_out(
     before, (analysis, _) = analysis, with_bases(analysis, ranks, stage=stage)
     if check:
         prove_bases(before, analysis, ranks, feeds=feeds, seed=seed, tolerance=tolerance, stage=stage)
+    if wishes.get("scores") is not None:
+        if steps > 1:
+            raise BadOption("--scores are of the model as it is, and move with each step: prune in one step.")
+        analysis = with_scales(analysis, resolved(wishes["scores"], analysis.groups).scales, stage=stage)
+        evidence = moved(evidence, analysis)
 
     def decide(current: Analysis, data: Evidence | None, limits: Budget, share: float | None, own: Mapping[str, float]) -> Plan:
         options = {**wishes, "ratios": {**(wishes.get("ratios") or {}), **own}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -124,3 +125,16 @@ def judge_of(analysis: Analysis, budget: Budget, held: Evidence | None) -> Judge
         if held.noise:
             raise BadOption(f"--metric {metric.name} says nothing on made-up data ({held.name}): give real ones with --evaluate.")
     return judge(analysis.normal.model, metric, held or Evidence("nothing", (), analysis.normal.model, False), output=budget.output)
+
+
+def budget_of(target: str | Sequence[str] | Budget) -> Budget:
+    """A budget, whatever form it was given in."""
+    return target if isinstance(target, Budget) else Budget((target,) if isinstance(target, str) else tuple(target))
+
+
+def check_limits(budget: Budget, ratio: float | None, scope: str | None) -> None:
+    """Raises BadOption for options that say two things at once."""
+    if budget.asks and ratio is not None:
+        raise BadOption("--ratio says how many channels go, --target and --max-drop what is left: give one of them.")
+    if budget.asks and scope is not None:
+        raise BadOption("--scope spreads a ratio; with --target and --max-drop, --allocation says how widths are found.")

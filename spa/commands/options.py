@@ -50,6 +50,9 @@ Aggregate = Annotated[str | None, typer.Option(
     "--aggregate", metavar="WAY", help="How scores of a group's layers are joined: sum, mean, median, max, prod.", show_default=False)]
 Normalize = Annotated[str, typer.Option(
     "--normalize", metavar="WAY", help="How groups compare: none, sum, mean, max, standardize, energy.")]
+Scores = Annotated[Path | None, typer.Option(
+    "--scores", metavar="FILE", help="Scores, masks and scales of channels, .npz: by name of the group, or VALUE:AXIS.",
+    show_default=False)]
 Swaps = Annotated[int, typer.Option("--swaps", min=0, help="Rounds of exchanging removed for kept channels.")]
 Loss = Annotated[str, typer.Option("--loss", metavar="NAME", help="For gradients: auto, cross-entropy, entropy or module:function.")]
 Source = Annotated[str | None, typer.Option(

@@ -18,6 +18,7 @@ from spa.commands import reading, reported, vocabulary
 from spa.commands.app import app
 from spa.commands.common import analysis_of, evidence_of, opened_model
 from spa.commands.terminal import Terminal
+from spa.criteria.brought import read_brought
 from spa.engines import find as find_engine
 from spa.errors import BadOption
 from spa.exact import Ranks
@@ -50,7 +51,8 @@ def plan(
     preprocess: given.Preprocess = None, tokenizer: given.Tokenizer = None, samples: given.Samples = 256, batch: given.Batch = 32,
     length: given.Length = None, labels: given.Labels = None, aggregate: given.Aggregate = None, normalize: given.Normalize = "mean",
     swaps: given.Swaps = 0, loss: given.Loss = "auto", repair: given.Repair = None, damping: given.Damping = DAMPING,
-    target: given.Target = None, allocation: given.Allocation = "auto", max_drop: given.MaxDrop = None, metric: given.Metric = None,
+    scores: given.Scores = None, target: given.Target = None, allocation: given.Allocation = "auto", max_drop: given.MaxDrop = None,
+    metric: given.Metric = None,
     evaluate: given.Evaluate = None, output_name: given.OutputName = None, provider: given.Provider = "cpu",
     threads: given.Threads = 0, memory: given.Memory = None,
     time_limit: given.TimeLimit = TIME_LIMIT, as_json: given.Json = False, verbose: given.Verbose = False,
@@ -58,10 +60,10 @@ def plan(
     """Decide what goes, and write it down without touching the model."""
     term = Terminal(as_json, verbose)
     reads = reading.data_files({"--output": output}, calibration, preprocess, tokenizer, evaluate)
-    reading.check_outputs({"--output": output}, [model, ratios, protect, *reads])
+    reading.check_outputs({"--output": output}, [model, ratios, protect, scores, *reads])
     mending = reading.repair_options(repair, calibration, damping, "pruned", "dense", False, None)
     wishes = _wishes(ratio, scope, criterion, multiple_of, keep_at_least, include, exclude, units, protect, ratios, normalize, aggregate,
-                     swaps, loss, damping) | {"ranks": Ranks(qk_rank, vo_rank)}
+                     swaps, loss, damping) | {"ranks": Ranks(qk_rank, vo_rank), "scores": read_brought(scores)}
     budget = _budget(ratio, scope, target, allocation, max_drop, metric, output_name, provider, threads, time_limit, mending)
     analysis = analysis_of(term, model, inputs, protect_outputs, not no_stat, keep_state, outputs={"--output": output})
     evidence = evidence_of(term, analysis, calibration, preprocess, tokenizer, samples, batch, length, labels, seed)
@@ -133,7 +135,8 @@ def prune(
     evaluate: given.Evaluate = None, output_name: given.OutputName = None, provider: given.Provider = "cpu",
     time_limit: given.TimeLimit = TIME_LIMIT, steps: given.Steps = 1, vocab: given.Vocab = None, vocab_side: given.VocabSide = "both",
     vocab_map: given.VocabMap = "file", vocab_input: given.VocabInput = None,
-    drop_layers: given.DropLayers = None, layer_kind: given.LayerKind = "any", layers: given.LayerMethod = "finercut",
+    scores: given.Scores = None, drop_layers: given.DropLayers = None, layer_kind: given.LayerKind = "any",
+    layers: given.LayerMethod = "finercut",
     as_json: given.Json = False, verbose: given.Verbose = False,
 ) -> int:
     """Plan, remove, repair, prove, time, and write the pruned model and its plan."""
@@ -141,11 +144,11 @@ def prune(
     mending = reading.repair_options(repair, calibration, damping, repair_inputs, repair_target, no_norms, repaired_out)
     written = _written(output, reading.plan_name(output) if plan_out is None else plan_out, repaired_out) | reported.target(report_file)
     reads = reading.data_files(written, calibration, preprocess, tokenizer, evaluate)
-    reading.check_outputs(written, [model, ratios, protect, feeds, *reads])
+    reading.check_outputs(written, [model, ratios, protect, scores, feeds, *reads])
     reading.check_tolerance(tolerance)
     found = find_companions(model, output, companions)
     wishes = _wishes(ratio, scope, criterion, multiple_of, keep_at_least, include, exclude, units, protect, ratios, normalize, aggregate,
-                     swaps, loss, damping) | {"ranks": Ranks(qk_rank, vo_rank)}
+                     swaps, loss, damping) | {"ranks": Ranks(qk_rank, vo_rank), "scores": read_brought(scores)}
     budget = _budget(ratio, scope, target, allocation, max_drop, metric, output_name, provider, threads, time_limit, mending)
     depth = reading.depth(drop_layers, layer_kind, layers)
     if depth is not None and (ratio is None and not budget.asks) and mending.method != "none" and repair is not None:
@@ -154,6 +157,8 @@ def prune(
         raise BadOption("--repaired-out goes with one step: after more there is no model of the first one's shape that was repaired alone.")
     wish = vocabulary.wish_of(vocab, vocab_side, vocab_map, vocab_input, tokenizer, model)
     vocabulary.check(wish, budget, steps)
+    if wish is not None and scores is not None:
+        raise BadOption("--vocab and --scores go one after the other: prune by --scores first, then prune the result's vocabulary.")
     if wish is not None and depth is not None:
         raise BadOption("--vocab and --drop-layers go one after the other: drop layers first, then prune the result's vocabulary.")
     written |= vocabulary.targets(wish, output, model)

@@ -90,6 +90,17 @@ class Cut:
 NO_RANKS = Ranks()
 
 
+def joined(cuts: Sequence[Cut | None], total: int) -> Cut | None:
+    """Several cuts as one, over so many coordinates; None if there are none."""
+    found = [c for c in cuts if c is not None]
+    gone = np.zeros(total, bool)
+    notes: dict[str, str] = {}
+    for one in found:
+        gone |= one.gone
+        notes |= one.notes
+    return Cut(gone, tuple(dict.fromkeys(n for c in found for n in c.groups)), notes) if found else None
+
+
 def turn(graph: gs.Graph, *, qk: bool, vo: bool, inputs: Mapping[str, Sequence[int]] | None = None) -> int:
     """Puts all heads that can be followed to their weights into their singular basis, in place; the function stays.
 
