@@ -20,6 +20,7 @@ from spa.graph.count import Counts, count
 from spa.graph.groups import Group, Groups, find_groups
 from spa.graph.normalize import normalize
 from spa.graph.trace import trace
+from spa.intake import Converted, convert
 from spa.layers.depth import Depth
 from spa.learning.finetune import finetune
 from spa.learning.training import Training
@@ -52,6 +53,7 @@ __all__ = [
     "Budget",
     "Check",
     "CheckFailed",
+    "Converted",
     "Counts",
     "Depth",
     "Group",
@@ -74,6 +76,7 @@ __all__ = [
     "apply_to_torch",
     "choose",
     "compare",
+    "convert",
     "count",
     "criterion",
     "find_groups",

@@ -1,0 +1,135 @@
+"""The table of frameworks that models come from: what their files look like, who reads them, and what that takes.
+
+A new framework is a row here and a file in `workers/` (`workers/serve.py` says what it holds).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from spa.errors import BadFile, BadOption
+from spa.intake.looks import Looks, any_of, archive, folder, read_json, scheme, script, settings, starts, suffix
+
+TORCH = "pip install 'spa-prune[torch]'"
+_TORCH_PICKLE = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the number that torch's own pickles begin with
+
+
+@dataclass(frozen=True)
+class Framework:
+    """One row.
+
+    Attributes
+    ----------
+    name
+        What --from takes.
+    title
+        What messages call it.
+    looks
+        Whether a path looks like it: by its name, its first bytes and a folder's contents.
+    worker
+        File in `workers/`, without its ending; "" where spa cannot convert.
+    modules
+        Modules that the worker imports.
+    install
+        The line that installs them.
+    environment
+        Variable that may name another Python which has them.
+    trust
+        Why loading a file may run code that lies in it; "" where it cannot. Such a file is refused unless the user trusts it.
+    instead
+        Where spa cannot convert: how to get an ONNX file.
+    """
+
+    name: str
+    title: str
+    looks: Looks
+    worker: str = ""
+    modules: tuple[str, ...] = ()
+    install: str = ""
+    environment: str = ""
+    trust: str = ""
+    instead: str = ""
+
+
+_PICKLE = "it is a pickle, and loading a pickle runs whatever code lies in it"
+_NOT_FOUND: Looks = lambda path: False  # noqa: E731  a row that is asked for by name alone
+
+FRAMEWORKS: tuple[Framework, ...] = (
+    Framework("timm", "timm", any_of(scheme("timm"), settings("architecture", "pretrained_cfg")), "torch_worker",
+              ("torch", "onnxscript", "timm"), "pip install 'spa-prune[timm]'", "SPA_TORCH_PYTHON"),
+    Framework("huggingface", "Hugging Face transformers", settings("model_type"), "huggingface_worker",
+              ("torch", "onnxscript", "transformers"), "pip install 'spa-prune[huggingface]'", "SPA_TORCH_PYTHON"),
+    Framework("exported", "torch.export", any_of(archive("archive_format"), suffix(".pt2")), "torch_worker", ("torch", "onnxscript"), TORCH,
+              "SPA_TORCH_PYTHON"),
+    Framework("torchscript", "TorchScript", any_of(archive("constants.pkl", r"code/.*\.py"), suffix(".torchscript", ".ts")), "torch_worker",
+              ("torch", "onnxscript"), TORCH, "SPA_TORCH_PYTHON"),
+    Framework("pickle", "PyTorch", any_of(archive(r"data\.pkl", without=r"code/.*"), starts(_TORCH_PICKLE)), "torch_worker",
+              ("torch", "onnxscript"), TORCH, "SPA_TORCH_PYTHON", trust=_PICKLE),
+    Framework("safetensors", "PyTorch", suffix(".safetensors"), "torch_worker", ("torch", "onnxscript", "safetensors"), TORCH,
+              "SPA_TORCH_PYTHON"),
+    Framework("torch", "PyTorch", script("torch", "torchvision", "timm", "transformers"), "torch_worker", ("torch", "onnxscript"), TORCH,
+              "SPA_TORCH_PYTHON"),
+    Framework("coreml", "Core ML", any_of(suffix(".mlmodel", ".mlpackage"), folder("Manifest.json", "Data")), instead="no converter reads "
+              "Core ML models of today; export the model to ONNX from the framework that it was trained in"),
+)  # fmt: skip
+
+SUFFIXES = ".pt2, TorchScript, PyTorch checkpoints, .safetensors, Hugging Face folders, timm:NAME, file.py:factory"
+"""What a sentence lists."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What is to be converted. place: a path, or another name; entry: the callable that was named behind a colon, or ""."""
+
+    framework: Framework
+    place: str
+    entry: str = ""
+
+
+def find(name: str) -> Framework:
+    """A row by its name. Raises BadOption."""
+    for row in FRAMEWORKS:
+        if row.name == name:
+            return row
+    raise BadOption(f"--from {name!r} is no framework; the choice is: auto, {', '.join(row.name for row in FRAMEWORKS)}.")
+
+
+def recognise(text: str, asked: str = "auto", *, rows: Mapping[str, Framework] | None = None) -> Origin:
+    """Which framework a source comes from. Raises BadFile if it is not there or nothing reads it, BadOption for a wrong --from."""
+    place, entry = split(text)
+    row = find(asked) if asked != "auto" else next((r for r in FRAMEWORKS if r.looks(Path(place))), None)
+    if row is None and not os.path.exists(place) and not entry:
+        raise BadFile(f"{place}: there is no such file or folder.")
+    if row is None and entry:
+        row = find("torch")
+    if row is None:
+        raise BadFile(f"{place}: {_why_unknown(Path(place))}")
+    if not row.worker:
+        raise BadFile(f"{place} is a {row.title} model, which spa does not convert: {row.instead}.")
+    return Origin(row, place, entry)
+
+
+def split(text: str) -> tuple[str, str]:
+    """The place, and the entry behind a colon: net.py:make, package.module:Net. A path that is there is one, whatever is in its name."""
+    if os.path.exists(text) or (re.match(r"\w+:", text) is None and ":" not in text):
+        return text, ""
+    head, _, tail = text.rpartition(":")
+    module = re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", head) is not None
+    there = os.path.exists(head) or head.endswith(".py") or (module and head != "timm")
+    if there and re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", tail):
+        return head, tail
+    return text, ""
+
+
+def _why_unknown(path: Path) -> str:
+    if path.suffix == ".onnx":
+        return "it is an ONNX file already: spa prune and all other commands read it as it is."
+    if path.suffix == ".py":
+        return f"a Python file is read as {path.name}:NAME, with the name of the class or function that makes the network."
+    if path.is_dir() and read_json(path / "config.json") is not None:
+        return "its config.json tells neither a model_type (Hugging Face) nor an architecture (timm)."
+    return f"it is none of what can be converted: {SUFFIXES}; say what it is with --from."
