@@ -167,3 +167,62 @@ def test_gates_in_another_order_are_an_arrangement() -> None:
     small = np.delete(np.delete(there, [0, 5], 1), 2, 2)
     assert np.array_equal(found.values(small, (8, 3), keeps, {"W": {"1": [0, 5], "2": [2]}}), gates[np.ix_(*keeps)])
     assert found.keeps((8, 3), {"W": {"1": [0], "2": [2]}}) is not None
+
+
+class Scaled(Attention):
+    """Attention that works out its scale from the width of a head when it runs, in one of the ways in which code does."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.scale = way, 0.0
+
+    def forward(self, x: Any) -> Any:
+        x = torch.cat([self.token.expand(len(x), -1, -1), self.inside(x)], 1) + self.place
+        n, t, _ = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(n, t, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.way == "sdpa":
+            y = nn.functional.scaled_dot_product_attention(q, k, v)
+        else:
+            scale = q.shape[-1] ** -0.5 if self.way == "shape" else 1 / self.head_dim**0.5
+            y = (q @ k.transpose(-2, -1) * scale).softmax(-1) @ v
+        return self.read(x + self.out(y.transpose(1, 2).reshape(n, t, -1)))
+
+
+def scaled(way: str, folder: Path) -> tuple[Any, Path, np.ndarray]:
+    torch.manual_seed(0)
+    module, x = Scaled(way).eval(), torch.randn(2, 5, 8)
+    with torch.no_grad():
+        module.qkv.weight *= 4  # so that scores differ enough to tell
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(module, (x,), folder / "m.onnx", dynamo=False, input_names=["x"], verbose=False)
+    return module, folder / "m.onnx", x.numpy()
+
+
+@pytest.mark.parametrize(("way", "by"), [("sdpa", 0.5**0.5), ("shape", 0.5**0.5), ("attribute", 1.0)])
+def test_queries_make_up_for_a_scale_that_follows_the_width(way: str, by: float, tmp_path: Path) -> None:
+    """A stored width that could be something else too stays as it was, and with it the scale: then nothing is made up for."""
+    module, path, x = scaled(way, tmp_path)
+    result = spa.prune(path, 0.5, units=("head-width",), multiple_of=1)
+    small = spa.apply_to_torch(module, result.plan, path)
+    expected = next(iter(spa.proof.check.run(result.model, {"x": x}).values()))
+    np.testing.assert_allclose(given(small, x), expected, rtol=1e-3, atol=1e-4)
+    rows = cut_rows(module, result.plan)
+    np.testing.assert_allclose(small.qkv.weight.detach()[:16], rows[:16] * by, rtol=1e-5)
+    np.testing.assert_allclose(small.qkv.weight.detach()[16:], rows[16:], rtol=1e-5)
+
+
+def cut_rows(module: Any, plan: spa.Plan) -> np.ndarray:
+    """(48, 32) the rows of the fused projection that a plan leaves: the same positions of four heads, three times."""
+    (kept,) = (entry["kept"] for entry in plan.groups.values())
+    return np.asarray(module.qkv.weight.detach().numpy().reshape(3, 4, 8, 32)[:, :, kept].reshape(-1, 32))
+
+
+def test_the_scale_is_told_where_that_does_not_help(tmp_path: Path) -> None:
+    module, path, _ = scaled("sdpa", tmp_path)
+    plan = spa.plan(path, 0.5, units=("head-width",), multiple_of=1)
+    rows = cut_rows(module, plan)
+    module.forward = lambda x: Scaled.forward(module, x) * module.num_heads
+    with pytest.raises(spa.CheckFailed, match=r"heads of 8 positions have 4 now, their scale was 0\.3535534"):
+        spa.apply_to_torch(module, plan, path, inplace=True)
+    np.testing.assert_allclose(module.qkv.weight.detach(), rows, rtol=1e-6)  # tried, and taken back

@@ -10,6 +10,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from spa import api
 from spa.data.evidence import values
 from spa.errors import BadOption, CheckFailed
 from spa.frameworks.arrays import Array, Found, locate
+from spa.frameworks.attention_scale import Narrowed, narrowed_heads
 from spa.frameworks.torch_sizes import set_sizes
 from spa.graph.analysis import Analysis, Source, analyzed_for
 from spa.graph.trace import constant_values
@@ -72,7 +74,8 @@ def apply_to_torch(
         (module, {input: tensor}) -> output or outputs, in the order of the file's; by default the module is called with the file's
         inputs in their order.
     check
-        Compare all outputs with those of the pruned file, on drawn inputs.
+        Compare all outputs with those of the pruned file, on drawn inputs. Where heads became narrower and the module differs, it is
+        compared again with queries for a scale that its code works out from the width of a head (`spa.frameworks.attention_scale`).
     tolerance
         Of the outputs' scale.
     inplace
@@ -104,8 +107,38 @@ def apply_to_torch(
     unsure = set_sizes(made, before, state.keeps, counts)
     if check:
         wanted = small or api.apply(analysis, decided, check=False).model
-        _compare(made, analysis, wanted, call, tolerance, unsure)
+        _checked(made, state, analysis, decided, partial(_compare, made, analysis, wanted, call, tolerance, unsure))
     return made
+
+
+def _checked(module: Any, state: _State, analysis: Analysis, plan: Plan, compare: Callable[[Narrowed | None], None]) -> None:
+    """Compares the module; if its heads are narrower and it differs, again with queries for a scale that it works out from their width."""
+    heads = narrowed_heads(analysis, mask_of(plan, analysis.groups))
+    try:
+        compare(heads)
+    except CheckFailed:
+        if heads is None or not _scale_queries(module, state, heads):
+            raise
+        try:
+            compare(heads)
+        except CheckFailed:
+            _scale_queries(module, state, heads, back=True)
+        else:
+            return
+        raise
+
+
+def _scale_queries(module: Any, state: _State, heads: Narrowed, *, back: bool = False) -> bool:
+    """Multiplies queries in place, or divides them again; False if there are none among the module's parameters."""
+    named = dict(module.named_parameters())
+    done = False
+    for name, where in state.found.items():
+        factor = heads.of(state.arrays[name], where, state.keeps[name]) if name in named else None
+        if factor is not None:
+            with torch.no_grad():
+                named[name].mul_(torch.as_tensor(1 / factor if back else factor).to(named[name]))
+            done = True
+    return done
 
 
 def arrays_of(module: Any) -> dict[str, Array]:
@@ -264,11 +297,14 @@ def _group_sizes(analysis: Analysis, plan: Plan, state: _State) -> GroupKeeps:
 # ---------------------------------------------------------------------- the check
 
 
-def _compare(module: Any, analysis: Analysis, small: Model, call: Call | None, tolerance: float, unsure: Sequence[str]) -> None:
+def _compare(
+    module: Any, analysis: Analysis, small: Model, call: Call | None, tolerance: float, unsure: Sequence[str], heads: Narrowed | None
+) -> None:  # fmt: skip
     from spa.proof.check import run
     from spa.proof.prove import runnable
 
     listed = f" No rule could set: {'; '.join(unsure)}." if unsure else ""
+    told = f" ({heads})" if heads is not None else ""
     fed = runnable(analysis.normal.model, analysis.groups.traced)
     wanted = run(small, dict(fed))
     names = [t.name for t in analysis.given.graph.inputs]
@@ -290,7 +326,7 @@ def _compare(module: Any, analysis: Analysis, small: Model, call: Call | None, t
         if not off <= tolerance:
             raise CheckFailed(f"The smaller module's output {name!r}, {tuple(ours.shape)}, differs by {off:.1e} of its scale from the "
                               f"pruned file's, {expected.shape}.{listed} Does its code compute something from a size that shrank, such as "
-                              "the scale of attention from the width of a head? The file keeps the old value.")  # fmt: skip
+                              f"the scale of attention from the width of a head? The file keeps the old value{told}.")  # fmt: skip
 
 
 def _device(module: Any) -> Any:
