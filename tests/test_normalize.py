@@ -66,3 +66,13 @@ def test_inputs_are_passed_on() -> None:
     fixed = spa.normalize(model, {"x": [4, 6], "z": [24]})
     assert [n.op for n in fixed.model.graph.nodes] == ["Reshape"]
     assert fixed.facts.feeds == {"x": (4, 6), "z": (24,)}
+
+
+def test_declared_shapes_that_are_false_are_forgotten() -> None:
+    """jax2onnx moves transposes and leaves the shapes of what lies between them; ONNX Runtime refuses the masked graph then."""
+    proto = net("float[2,3,8,8] x -> float[2,4,8,8] y", "a = Conv(x, w1) b = Relu(a) y = Conv(b, w2)", w1=(6, 3, 1, 1), w2=(4, 6, 1, 1))
+    proto.graph.value_info.extend(onnx.helper.make_tensor_value_info(n, 1, s) for n, s in {"a": (2, 8, 8, 6), "b": ("n", 6, 8, 8)}.items())
+    shapes = {n: t.shape for n, t in spa.normalize(spa.load(proto)).model.graph.tensors().items()}
+    assert shapes["a"] is None
+    assert shapes["b"] == ["n", 6, 8, 8]
+    assert spa.prune(proto, 0.5, multiple_of=1).check.passed

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from passes import drop_dead_nodes, fold_constants, gather_shuffles, merge_copies, unshare_constants
+from passes import drop_dead_nodes, drop_false_shapes, fold_constants, gather_shuffles, merge_copies, unshare_constants
 from spa.graph.shapes import Facts, infer, with_new_constants
 from spa.graph.trace import constant_values
 from spa.graph.view import dtype_is_float
@@ -27,9 +27,12 @@ class Normal:
 
 
 def normalize(model: Model, inputs: Mapping[str, Sequence[int]] | None = None) -> Normal:
-    """Folds shape arithmetic that depends on no free size and gives readers of small shared constants their own copies."""
+    """Folds shape arithmetic that depends on no free size, forgets declared shapes that are false, and gives readers of small shared
+    constants their own copies.
+    """
     graph = copy_graph(model.graph)
     facts = infer(graph, inputs)
+    drop_false_shapes(graph, facts.shapes)
     copies = unshare_constants(graph, SHARED)
     folded = fold_constants(graph, facts.computed)
     shuffles = gather_shuffles(graph, facts.shapes)
