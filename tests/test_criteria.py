@@ -161,7 +161,7 @@ def test_a_depthwise_convolution_loses_nothing(criterion: str) -> None:
 # ------------------------------------------------------------------------------------------------ weights alone
 
 def tensors_of(case: Case) -> tuple[list[Array], list[Array]]:
-    """Stored tensors of the group as (size, elements): matrices, and norms' scales."""
+    """Stored tensors of the group as (size, elements): matrices times what a norm multiplies, and norms' scales."""
     w = {n: v.astype(np.float64) for n, v in weights_of(case.model).items()}
     if case.group == "wq:1#2":
         return [*(w[n].reshape(6, 4, 3).transpose(1, 0, 2).reshape(4, -1) for n in ("wq", "wk", "wv")), w["wo"].reshape(4, -1)], []
@@ -170,7 +170,8 @@ def tensors_of(case: Case) -> tuple[list[Array], list[Array]]:
     if case.group == "w1:1":
         return [w["w1"].T, w["w2"], w["w3"]], []
     assert case.group == "w1:0"
-    return [w["w1"].reshape(8, -1), w["w2"].transpose(1, 0, 2, 3).reshape(8, -1)], [w["ns"]]
+    gain = w["ns"] / np.sqrt(w["nv"] + 1e-5)
+    return [w["w1"].reshape(8, -1) * gain[:, None], w["w2"].transpose(1, 0, 2, 3).reshape(8, -1)], [w["ns"]]
 
 
 STORED = ("conv", "mlp", "heads", "grouped")

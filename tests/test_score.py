@@ -34,9 +34,12 @@ def scores_of(made: onnx.ModelProto, criterion: str, name: str, seed: int = 0) -
 
 
 def by_hand(made: onnx.ModelProto, p: float) -> np.ndarray:
-    """Sum of |w|^p over all matrices of the group; vectors (biases, norms) count only where there is no matrix."""
+    """Sum of |w|^p over all matrices of the group, times what a norm multiplies; vectors (biases, norms) count only where there is no
+    matrix.
+    """
     w = weights_of(made)
-    return (np.abs(w["w1"]) ** p).sum((1, 2, 3)) + (np.abs(w["w2"].reshape(5, 8, 16)) ** p).sum((0, 2))
+    gain = w["s"] / np.sqrt(w["v"] + 1e-5)
+    return (np.abs(w["w1"] * gain[:, None, None, None]) ** p).sum((1, 2, 3)) + (np.abs(w["w2"].reshape(5, 8, 16)) ** p).sum((0, 2))
 
 
 def test_l1_and_l2_over_the_whole_group() -> None:

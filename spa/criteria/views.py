@@ -22,6 +22,7 @@ from spa.graph.linear import Layer, find_layers
 from spa.graph.view import dtype_holds_weights
 from spa.proof.feeds import Feeds
 from spa.repairs import solve
+from spa.statistics.acting import Gain, acting, gains
 from spa.statistics.observe import MEMORY, Part, Vectors, draw_rows, observe, parts_of, stream
 from spa.statistics.rows import rows
 from spa.statistics.sums import Sums
@@ -68,6 +69,11 @@ class GroupViews:
         return list(find_layers(self.groups))
 
     @cached_property
+    def gains(self) -> Mapping[str, Gain]:
+        """What stored weights are multiplied by."""
+        return gains(self.groups)
+
+    @cached_property
     def readers(self) -> dict[int, list[Layer]]:
         """Group -> layers that sum over its channels."""
         of = np.concatenate([[-1], self.groups.of_coordinate()])
@@ -81,7 +87,8 @@ class GroupViews:
     def _weight(self, layer: Layer) -> Array:
         held = self.groups.traced.constants[layer.place.name]
         values = held._values.load() if isinstance(held._values, Weight) else held.values
-        return np.asarray(layer.weight.canonical(layer.place.read(np.asarray(values), layer.weight_shape)), np.float64)
+        scaled = acting(layer.place.name, np.asarray(values), self.gains)
+        return np.asarray(layer.weight.canonical(layer.place.read(scaled, layer.weight_shape)), np.float64)
 
     def _view(self, layer: Layer, group: Group) -> LayerView:
         of = layer.coordinates(self.groups, group.start, group.start + group.size)
@@ -334,7 +341,7 @@ class View:
             tensor = constants[value]
             shape = tuple(tensor.shape)
             held = tensor._values.load() if isinstance(tensor._values, Weight) else tensor.values
-            flat = np.moveaxis(np.asarray(held), axis, 0).reshape(shape[axis], -1).astype(np.float32)
+            flat = np.moveaxis(acting(value, np.asarray(held), self.views.gains), axis, 0).reshape(shape[axis], -1).astype(np.float32)
             matrix = int(np.prod(shape)) > shape[axis]
             yield Slice(value, axis, matrix, value in norms, _rows_of(flat, groups.labels[value, axis], self.group))
 

@@ -30,6 +30,7 @@ Min Mod Mul Or Pow PRelu Sub Sum Where Xor""".split()
 
 SUMS = frozenset({"Add", "Sum"})
 ADDITIONS = SUMS | {"Sub"}
+STRAIGHT = {**dict.fromkeys(ADDITIONS | {"Mul"}, (0, 1)), "Div": (0,)}  # operator -> inputs that it only multiplies and adds to
 
 
 def spread(shape: Shape, over: Shape, names: Sequence[str] | None = None) -> Operand:
@@ -82,7 +83,7 @@ def broadcast(node: NodeView) -> Signature | Refusal:
         return Refusal("the shape of an operand is unknown")
     adds = tuple(range(len(shapes))) if node.op in ADDITIONS else ()
     return Signature(tuple(spread(s, out) for s in shapes), tuple(spread(out, out) for _ in node.outputs), adds=adds,
-                     sums=0 if node.op in SUMS else None)  # fmt: skip
+                     sums=0 if node.op in SUMS else None, straight=STRAIGHT.get(node.op, ()))  # fmt: skip
 
 
 def legacy_axis(node: NodeView) -> Signature | None:

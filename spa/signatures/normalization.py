@@ -36,7 +36,8 @@ def batch_normalization(node: NodeView) -> Signature | Refusal:
         return Refusal("it gives running statistics, as in training")
     if shape is not None and len(shape) == 1:
         return make(node, "c, c, c, c, c -> c")
-    return make(node, "n c *s, c, c, c, c -> n c *s", c=MAP, moments=(3, 4))
+    made = make(node, "n c *s, c, c, c, c -> n c *s", c=MAP, moments=(3, 4))
+    return made if isinstance(made, Refusal) else replace(made, straight=(0,))
 
 
 @signature("InstanceNormalization")

@@ -182,6 +182,7 @@ class Signature:
     masked: tuple[int, ...] | None = None  # inputs that are enough to mask; stored ones stay so: its kernel computes otherwise with others
     cancels: tuple[str, ...] = ()  # dims along which a number added to all of input 0 changes nothing
     unit: tuple[str, ...] = ()  # dims along which output 0 sums to one
+    straight: tuple[int, ...] = ()  # inputs that each element of output 0 is a number times, plus a number; the others tell these numbers
 
     def __str__(self) -> str:
         def operand(axes: Operand) -> str:

@@ -24,14 +24,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
-from onnx import ValueInfoProto, helper
-from onnx.reference import ReferenceEvaluator
-from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
 from passes import Weight
 from spa.data.evidence import stored_norms
+from spa.graph.alone import evaluated
 from spa.graph.groups import Groups
 from spa.graph.linear import Layer
 from spa.graph.moved import place_of
@@ -216,21 +213,8 @@ class _Walk:
                 if value is None:
                     return None
                 feeds[tensor.name] = value
-        result = self._evaluated(node.node, feeds)
+        result = evaluated(node.node, feeds, self.opsets)
         return None if result is None or list(result.shape) != whole else _Spread(spreads[0].source, axis, result.reshape(-1, width))
-
-    def _evaluated(self, node: gs.Node, feeds: Mapping[str, NDArray[Any]]) -> NDArray[Any] | None:
-        try:
-            graph = helper.make_graph(
-                [OnnxExporter.export_node(node)], "one", [_info(n, np.asarray(v)) for n, v in feeds.items()],
-                [helper.make_empty_tensor_value_info(t.name) for t in node.outputs[:1]],
-            )  # fmt: skip
-            model = helper.make_model(graph, opset_imports=[helper.make_opsetid(d, v) for d, v in self.opsets.items()])
-            with np.errstate(all="ignore"):
-                results: Any = ReferenceEvaluator(model).run(None, dict(feeds))
-            return np.asarray(results[0])
-        except Exception:  # the reference evaluator has gaps; what it does not compute is unknown
-            return None
 
     def _laid_out(self, node: NodeTrace) -> list[_Spread | None]:
         """Outputs whose channels are those of the inputs in another place, whatever happened along other axes."""
@@ -263,10 +247,6 @@ class _Walk:
             same = node.node.op in REINTERPRETS and at is spreads[0].at
             outputs.append(_Spread(spreads[0].source if same else next(self.sources), axis, at))
         return outputs
-
-
-def _info(name: str, value: NDArray[Any]) -> ValueInfoProto:
-    return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
 
 
 def _take_apart(term: Term, at: NDArray[Any], sizes: Mapping[str, int], dims: dict[str, NDArray[Any]]) -> bool:

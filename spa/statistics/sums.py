@@ -16,6 +16,7 @@ from spa.errors import BadModel
 from spa.graph.groups import Groups
 from spa.graph.trace import constant_values
 from spa.graph.view import dtype_holds_weights
+from spa.statistics.acting import Gain, gains
 
 BLOCK = 1 << 19  # elements that are summed up at a time: what is made of them stays in the processor's cache
 
@@ -35,9 +36,10 @@ class Sums:
             free = np.zeros(self.groups.total + 1, bool)
             for group in self.groups.free():
                 free[group.start + 1 : group.start + 1 + group.size] = True
+            known = gains(self.groups)
             for name, tensor in constant_values(self.graph).items():
                 if dtype_holds_weights(tensor.dtype):
-                    self._add(name, tensor, p, free, matrices, vectors)
+                    self._add(name, tensor, p, free, matrices, vectors, known.get(name))
             self.made[p] = matrices[1:], vectors[1:]
         return self.made[p]
 
@@ -49,12 +51,13 @@ class Sums:
         free: NDArray[np.bool_],
         matrices: NDArray[np.float64],
         vectors: NDArray[np.float64],
+        gain: Gain | None,
     ) -> None:
         shape = tuple(tensor.shape)
         axes = [a for a in range(len(shape)) if (name, a) in self.groups.labels and free[self.groups.labels[name, a]].any()]
         if not axes:
             return
-        for axis, sums in _powers(tensor, axes, p).items():
+        for axis, sums in _powers(tensor, axes, p, gain).items():
             if not np.isfinite(sums).all():
                 raise BadModel(f"Tensor {name!r} holds NaN or infinity, so its channels can't be scored: repair the model first.")
             matrix = int(np.prod(shape)) > shape[axis]
@@ -65,12 +68,15 @@ class Sums:
                 np.add.at(into, column, sums)
 
 
-def _powers(tensor: gs.Constant, axes: Sequence[int], p: float) -> dict[int, NDArray[np.float64]]:
-    """(length of axis,) sum of |w|^p over all other axes, for each of `axes`; the tensor is read once, in blocks of rows."""
+def _powers(tensor: gs.Constant, axes: Sequence[int], p: float, gain: Gain | None) -> dict[int, NDArray[np.float64]]:
+    """(length of axis,) sum of |g w|^p over all other axes, for each of `axes`; the tensor is read once, in blocks of rows."""
     weight = tensor._values if isinstance(tensor._values, Weight) else Weight.of_array(tensor.values)
     sums = {axis: np.zeros(tensor.shape[axis]) for axis in axes}
     step = max(1, BLOCK // max(math.prod(tensor.shape[1:]), 1))
     for start, found in zip(itertools.count(0, step), weight.rows(step), strict=False):
+        if gain is not None:
+            factors = gain.along(found.ndim).astype(np.float32)
+            found = _magnitudes(found) * (factors if gain.axis else factors[start : start + step])
         block = _raised(found, p)
         for axis in axes:
             part = _along(block, axis)
