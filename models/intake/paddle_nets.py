@@ -46,7 +46,8 @@ def save(name: str, weights: Weights, folder: Path) -> str:
     paddle = need("paddle")
     network = {"resnet": resnet, "mlp": mlp}[name](weights)
     network.eval()
-    paddle.jit.save(network, str(folder / name / "inference"), input_spec=[paddle.static.InputSpec(list(shape(name, None)), "float32", "x")])
+    given = paddle.static.InputSpec(list(shape(name, None)), "float32", "x")
+    paddle.jit.save(network, str(folder / name / "inference"), input_spec=[given])
     return str(folder / name)
 
 

@@ -42,7 +42,8 @@ def inputs(source: Any, wish: Mapping[str, Any]) -> list[dict[str, Any]]:
     elif names:
         raise ValueError(f"the inputs that are given are {', '.join(asked)}, but the function's are {', '.join(names)}")
     free = wish["dynamic"] == "batch"
-    return [{"name": name, "dtype": wish.get("dtypes", {}).get(name, "float32"), "shape": ["batch", *shape[1:]] if free and shape else shape}
+    types = wish.get("dtypes", {})
+    return [{"name": name, "dtype": types.get(name, "float32"), "shape": ["batch", *shape[1:]] if free and shape else shape}
             for name, shape in asked.items()]  # fmt: skip
 
 
@@ -148,7 +149,7 @@ def _live(thing: Any) -> Any:
 
 def _function(source: Any, wish: Mapping[str, Any]) -> Callable[..., Any]:
     """A function of the inputs alone, for a network that is not trained."""
-    made = _made(source, wish["entry"], wish.get("folder", "")) if isinstance(source, str | os.PathLike) else _live(source)
+    made = _made(source, wish["entry"], wish.get("folder", "")) if isinstance(source, str) else _live(source)
     if isinstance(made, tuple) and len(made) == 2 and hasattr(made[0], "apply"):
         module, variables = made
         call = functools.partial(module.apply, variables)
