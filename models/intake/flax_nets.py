@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +108,7 @@ def save(name: str, weights: Weights, folder: Path) -> str:
 
 def _dense(weights: Weights, name: str) -> dict[str, Any]:
     return {"kernel": weights[f"{name}.weight"].T, "bias": weights[f"{name}.bias"]}
+
+
+if __name__ == "__main__":
+    print(save(sys.argv[1], dict(np.load(sys.argv[2])), Path(sys.argv[3])))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from models.extras import need
 from models.intake.weights import BLOCKS, EPSILON, Weights, shape
@@ -36,6 +39,17 @@ def save(name: str, weights: Weights, folder: Path) -> str:
     return str(folder / f"{name}.keras")
 
 
+def save_for_jax(name: str, weights: Weights, folder: Path) -> str:
+    """Writes the weights, and a file of Python that builds the network, whose backend has to be JAX."""
+    np.savez(folder / f"keras_{name}.npz", **weights)  # type: ignore[arg-type]
+    (folder / f"keras_{name}.py").write_text(
+        "import os\nos.environ['KERAS_BACKEND'] = 'jax'\nimport jax\nimport numpy as np\nfrom pathlib import Path\n"
+        "from models.intake import keras_nets\n\n\n"
+        f"def network():\n    return keras_nets.{name}(dict(np.load(Path(__file__).parent / 'keras_{name}.npz')))\n"
+    )
+    return f"{folder / f'keras_{name}.py'}:network"
+
+
 def _conv(weights: Weights, name: str, stride: int, x: Any) -> Any:
     keras = need("keras")
     kernel = weights[f"{name}.weight"].transpose(2, 3, 1, 0)
@@ -57,3 +71,7 @@ def _dense(weights: Weights, name: str, x: Any, activation: str | None = None) -
     y = dense(x)
     dense.set_weights([kernel, weights[f"{name}.bias"]])
     return y
+
+
+if __name__ == "__main__":
+    print(save(sys.argv[1], dict(np.load(sys.argv[2])), Path(sys.argv[3])))

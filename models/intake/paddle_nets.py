@@ -1,7 +1,4 @@
-"""The networks in PaddlePaddle.
-
-`python -m models.intake.paddle_nets NAME WEIGHTS.npz FOLDER` saves one from the Python that PaddlePaddle lives in.
-"""
+"""The networks in PaddlePaddle."""
 
 from __future__ import annotations
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from models.extras import need
 from models.intake.weights import BLOCKS, EPSILON, Weights, shape
@@ -65,3 +68,7 @@ def _dense(weights: Weights, name: str) -> Any:
     dense = torch.nn.Linear(weight.shape[1], weight.shape[0])
     dense.weight.data, dense.bias.data = weight, bias
     return dense
+
+
+if __name__ == "__main__":
+    print(save(sys.argv[1], dict(np.load(sys.argv[2])), Path(sys.argv[3])))

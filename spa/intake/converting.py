@@ -15,7 +15,7 @@ from onnxruntime.tools.onnx_model_utils import make_dim_param_fixed, make_input_
 
 from spa.errors import BadOption, CheckFailed, UnsupportedModel
 from spa.graph.normalize import Normal, normalize
-from spa.intake.frameworks import Framework, find, recognise
+from spa.intake.frameworks import Framework, of_object, recognise
 from spa.intake.parity import Parity, parity, sentence
 from spa.intake.remote import Here, Reader, Remote
 from spa.proof.check import TOLERANCE
@@ -64,7 +64,8 @@ def convert(
     Parameters
     ----------
     source
-        A path, `file.py:factory`, `package.module:factory`, `timm:name`, or a live torch module.
+        A path, `file.py:factory`, `package.module:factory`, `timm:name`, or a live object: a module of torch or of flax.nnx, an
+        estimator of scikit-learn; with `framework="jax"` also a function, or (module of linen, variables).
     framework
         A row of `spa.intake.frameworks`, or "auto".
     inputs
@@ -137,7 +138,7 @@ def _dynamic(asked: str | None, inputs: Mapping[str, Shape]) -> str:
 
 def _reader(source: Any, framework: str, wish: dict[str, Any]) -> tuple[Reader, Framework]:
     if not isinstance(source, str | os.PathLike):
-        row = find("torch" if framework == "auto" else framework)
+        row = of_object(source, framework)
         return Here(row, source, wish), row
     origin = recognise(os.fspath(source), framework)
     if origin.framework.trust and not wish["trust"]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spa.errors import BadFile, BadOption
-from spa.intake.looks import Looks, any_of, archive, folder, read_json, scheme, script, settings, starts, suffix
+from spa.intake.looks import Looks, all_of, any_of, archive, folder, read_json, scheme, script, settings, starts, suffix
 
 TORCH = "pip install 'spa-prune[torch]'"
 _TORCH_PICKLE = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the number that torch's own pickles begin with
@@ -42,6 +42,8 @@ class Framework:
         Why loading a file may run code that lies in it; "" where it cannot. Such a file is refused unless the user trusts it.
     instead
         Where spa cannot convert: how to get an ONNX file.
+    live
+        Package of the objects that can be converted without a file.
     """
 
     name: str
@@ -53,9 +55,12 @@ class Framework:
     environment: str = ""
     trust: str = ""
     instead: str = ""
+    live: str = ""
 
 
 _PICKLE = "it is a pickle, and loading a pickle runs whatever code lies in it"
+_OWN = "python -m venv converter && converter/bin/pip install"
+"""For converters that need another onnx than spa's: their Python goes into the row's variable."""
 _NOT_FOUND: Looks = lambda path: False  # noqa: E731  a row that is asked for by name alone
 
 FRAMEWORKS: tuple[Framework, ...] = (
@@ -72,12 +77,24 @@ FRAMEWORKS: tuple[Framework, ...] = (
     Framework("safetensors", "PyTorch", suffix(".safetensors"), "torch_worker", ("torch", "onnxscript", "safetensors"), TORCH,
               "SPA_TORCH_PYTHON"),
     Framework("torch", "PyTorch", script("torch", "torchvision", "timm", "transformers"), "torch_worker", ("torch", "onnxscript"), TORCH,
-              "SPA_TORCH_PYTHON"),
-    Framework("coreml", "Core ML", any_of(suffix(".mlmodel", ".mlpackage"), folder("Manifest.json", "Data")), instead="no converter reads "
-              "Core ML models of today; export the model to ONNX from the framework that it was trained in"),
+              "SPA_TORCH_PYTHON", live="torch"),
+    Framework("jax", "JAX", script("jax", "flax", "equinox", "haiku"), "jax_worker", ("jax", "jax2onnx"), "pip install 'spa-prune[jax]'",
+              "SPA_JAX_PYTHON", live="flax"),
+    Framework("paddle", "PaddlePaddle", any_of(suffix(".pdmodel", ".pdiparams"), folder("*.pdiparams")), "paddle_worker",
+              ("paddle", "paddle2onnx"), f"{_OWN} paddlepaddle==3.3.1 paddle2onnx==2.1.0 packaging", "SPA_PADDLE_PYTHON"),
+    Framework("skops", "scikit-learn", suffix(".skops"), "sklearn_worker", ("sklearn", "skl2onnx", "skops"),
+              "pip install 'spa-prune[sklearn]'", "SPA_SKLEARN_PYTHON"),
+    Framework("sklearn", "scikit-learn", suffix(".joblib", ".pkl", ".pickle"), "sklearn_worker", ("sklearn", "skl2onnx"),
+              "pip install 'spa-prune[sklearn]'", "SPA_SKLEARN_PYTHON", trust=_PICKLE, live="sklearn"),
+    Framework("openvino", "OpenVINO", all_of(suffix(".xml"), starts(b"<?xml", b"<net")), "openvino_worker", ("openvino", "openvino2onnx"),
+              f"{_OWN} openvino==2026.4.1 openvino2onnx==1.1.0 onnx==1.17.0", "SPA_OPENVINO_PYTHON"),
+    Framework("coreml", "Core ML", any_of(suffix(".mlmodel", ".mlpackage"), folder("Manifest.json", "Data")),
+              instead="no converter that is kept up reads ML programs, and what it gives could be compared on macOS alone; export the "
+              "model to ONNX from the framework that it was trained in"),
 )  # fmt: skip
 
-SUFFIXES = ".pt2, TorchScript, PyTorch checkpoints, .safetensors, Hugging Face folders, timm:NAME, file.py:factory"
+SUFFIXES = ".pt2, TorchScript, PyTorch checkpoints, .safetensors, Hugging Face folders, timm:NAME, file.py:factory of torch or JAX, " \
+    "PaddlePaddle inference folders, .skops and trusted .joblib, OpenVINO's .xml"
 """What a sentence lists."""
 
 
@@ -96,6 +113,12 @@ def find(name: str) -> Framework:
         if row.name == name:
             return row
     raise BadOption(f"--from {name!r} is no framework; the choice is: auto, {', '.join(row.name for row in FRAMEWORKS)}.")
+
+
+def of_object(thing: object, asked: str = "auto") -> Framework:
+    """The row of a live object, by the packages of its classes; PyTorch's where none is known. Raises BadOption for a wrong --from."""
+    packages = {kind.__module__.partition(".")[0] for kind in type(thing).__mro__}
+    return find(asked) if asked != "auto" else next((r for r in FRAMEWORKS if r.live in packages), find("torch"))
 
 
 def recognise(text: str, asked: str = "auto", *, rows: Mapping[str, Framework] | None = None) -> Origin:

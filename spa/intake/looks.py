@@ -74,6 +74,11 @@ def any_of(*ways: Looks) -> Looks:
     return lambda path: any(way(path) for way in ways)
 
 
+def all_of(*ways: Looks) -> Looks:
+    """All of these."""
+    return lambda path: all(way(path) for way in ways)
+
+
 def read_json(path: Path) -> Any:
     """What a JSON file holds; None if it can't be read."""
     try:

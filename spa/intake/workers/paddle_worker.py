@@ -34,6 +34,7 @@ def convert(source: str, target: str, wish: Mapping[str, Any]) -> None:
     from paddle2onnx import convert as converter
 
     program, parameters = files(source)
+    _program(source)  # PaddlePaddle tells a damaged file from an operator that the converter lacks
     said: list[str] = []
     told = converter.logging.error
     converter.logging.error = lambda message="", **_: said.append(str(message))  # it logs what went wrong, and raises something else
