@@ -16,6 +16,7 @@ from spa.exact import Ranks
 from spa.exact.rewriting import Rewritten, rewritten
 from spa.exact.rotation import Rotated, rotated
 from spa.frameworks.torch_module import apply_to_torch
+from spa.frameworks.trees import apply_to_arrays
 from spa.graph.count import Counts, count
 from spa.graph.groups import Group, Groups, find_groups
 from spa.graph.normalize import normalize
@@ -73,6 +74,7 @@ __all__ = [
     "UnsupportedModel",
     "analyze",
     "apply",
+    "apply_to_arrays",
     "apply_to_torch",
     "choose",
     "compare",

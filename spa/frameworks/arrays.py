@@ -31,7 +31,7 @@ class Found:
     """An array in the file. tensor: its name there, whole: its shape there.
 
     axes: axis of the tensor for each axis of the array, -1 for axes of size one; None where `index` (of the array's shape, into the
-    flattened tensor) says where each element is. scale: (rows,) by which the rows were multiplied, None if they were not.
+    flattened tensor) says where each element is. scale: by which the array was multiplied along its axis `rows`, None if it was not.
     """
 
     tensor: str
@@ -39,6 +39,7 @@ class Found:
     axes: tuple[int, ...] | None = None
     index: NDArray[np.int64] | None = None
     scale: NDArray[np.float64] | None = None
+    rows: int = 0
 
     def keeps(self, shape: Sequence[int], removed: Removed) -> list[NDArray[np.int64]] | None:
         """Positions of each axis of the array that stay; None if what stays is no such block."""
@@ -148,15 +149,24 @@ def _part(name: str, array: Array, tensors: Mapping[str, Array]) -> dict[str, Fo
 
 
 def _scaled(name: str, array: Array, tensors: Mapping[str, Array]) -> dict[str, Found]:
-    """The tensor of the array's shape whose rows are the array's, each times a number."""
-    mine = np.asarray(array, np.float64).reshape(len(array), -1)
+    """The tensor that is the array with axes exchanged, each position of one axis times a number of its own."""
+    mine = np.asarray(array, np.float64)
     for tensor, there in tensors.items():
-        if there.shape != array.shape:
+        if sorted(there.shape) != sorted(array.shape) or there.ndim > MOST_AXES:
             continue
-        other = np.asarray(there, np.float64).reshape(len(there), -1)
-        norm = np.maximum((mine**2).sum(axis=1), 1e-300)
-        scale = (mine * other).sum(axis=1) / norm
-        off = np.abs(other - scale[:, None] * mine).max(axis=1)
-        if (off <= PROPORTIONAL * np.maximum(np.abs(other).max(axis=1), 1e-30)).all():
-            return {name: Found(tensor, there.shape, tuple(range(array.ndim)), scale=scale)}
+        other = np.asarray(there, np.float64)
+        for order in _orders(there.ndim):
+            moved = other.transpose(order)
+            for rows in range(array.ndim) if moved.shape == array.shape else ():
+                scale = _factors(np.moveaxis(mine, rows, 0), np.moveaxis(moved, rows, 0))
+                if scale is not None:
+                    return {name: Found(tensor, there.shape, tuple(order), scale=scale, rows=rows)}
     return {}
+
+
+def _factors(mine: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.float64] | None:
+    """(rows,) what each row of one is multiplied by to give the other; None if it does not."""
+    one, two = (a.reshape(len(a), -1) for a in (mine, other))
+    scale = (one * two).sum(axis=1) / np.maximum((one**2).sum(axis=1), 1e-300)
+    off = np.abs(two - scale[:, None] * one).max(axis=1)
+    return scale if (off <= PROPORTIONAL * np.maximum(np.abs(two).max(axis=1), 1e-30)).all() else None
