@@ -48,6 +48,16 @@ def test_text_and_back(tmp_path: Path) -> None:
     assert spa.load_plan(tmp_path / "p.json").to_json() == plan.to_json()
 
 
+def test_a_checkpoint_that_does_not_fit_is_told_by_the_first_tensor() -> None:
+    wider = net("float[2,3,4,4] x -> float[2,5] y", BODY, w1=(16, 3, 1, 1), b=(16,), w2=(16, 16, 1, 1), s=ints(0, 256), w3=(5, 256))
+    says = r"its tensor 'w1' has the shape \(8, 3, 1, 1\), that of this model is \(16, 3, 1, 1\)\. Make a plan"
+    with pytest.raises(BadPlan, match=says):
+        spa.apply(wider, plan_of(), other_weights=True)
+    renamed = onnx.ModelProto.FromString(model().SerializeToString().replace(b"w2", b"v2"))
+    with pytest.raises(BadPlan, match="there is no tensor 'w2' in this one"):
+        spa.apply(renamed, plan_of(), other_weights=True)
+
+
 def test_removed_positions_are_exactly_what_is_missing() -> None:
     """From every initializer and from the shape of every activation, under the names of the model as given."""
     made = model()

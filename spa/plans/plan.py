@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from spa.errors import BadPlan
 from spa.graph.demands import check_demands
 from spa.graph.groups import Groups
+from spa.graph.trace import constant_values
 from spa.plans.edits import read_edits
 from spa.plans.rewrite import removed_positions
 from spa.storage.files import write_files
@@ -32,6 +33,7 @@ class Plan:
     groups: name -> {"size": n, "kept": [coordinates]} for every group that shrinks.
     removed: value -> axis -> [positions], for every value of the model that loses any.
     copies: constant that several nodes share -> the copies that it is split into, as {copy: original}.
+    shapes: of the stored tensors that lose any, as they were.
     options: how it was made; `trace` holds what is needed to find the same groups again, the edits (`spa.plans.edits`) among it.
     """
 
@@ -43,6 +45,7 @@ class Plan:
     copies: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
+    shapes: Mapping[str, list[int]] = field(default_factory=dict)
     version: int = VERSION
 
     def to_json(self) -> str:
@@ -57,6 +60,7 @@ class Plan:
             "groups": {k: dict(v) for k, v in self.groups.items()},
             "notes": dict(self.notes),
             "copies": dict(self.copies),
+            "shapes": dict(self.shapes),
             "removed": {k: dict(v) for k, v in self.removed.items()},
         }
         return (
@@ -91,7 +95,9 @@ def make_plan(
     }
     used = {c: o for c, o in copies.items() if removed.get(c) != removed.get(o)}
     removed = {v: axes for v, axes in removed.items() if v not in copies or v in used}
-    return Plan(model.sha256, graph_sha256(model.graph), chosen, removed, trace, used, options, notes)
+    known = groups.traced.facts.shapes
+    shapes = {v: [int(n) for n in known.get(v) or ()] for v in removed if v in groups.traced.constants and v not in used}
+    return Plan(model.sha256, graph_sha256(model.graph), chosen, removed, trace, used, options, notes, shapes)
 
 
 def load_plan(path: str | Path | Plan | Mapping[str, Any]) -> Plan:
@@ -133,6 +139,7 @@ def _from_fields(fields: Any, label: str) -> Plan:
             dict(fields.get("copies", {})),
             dict(fields.get("options", {})),
             dict(fields.get("notes", {})),
+            {str(v): [int(n) for n in shape] for v, shape in fields.get("shapes", {}).items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadPlan(f"{label} is damaged: {type(error).__name__} {error}.") from error
@@ -162,9 +169,20 @@ def check_belongs(plan: Plan, model: Model, *, other_weights: bool = False) -> N
     if plan.model_sha256 == model.sha256:
         return
     if plan.graph_sha256 != graph_sha256(model.graph):
-        raise BadPlan("The plan was made for another model: the graphs differ. Make a plan of this one with `spa plan`.")
+        raise BadPlan(f"The plan was made for another model: {_difference(plan, model)}. Make a plan of this one with `spa plan`.")
     if not other_weights:
         raise BadPlan("The plan was made for a model of the same graph with other weights: --other-weights applies it all the same.")
+
+
+def _difference(plan: Plan, model: Model) -> str:
+    """What differs between a plan's model and another one, as far as the plan knows it."""
+    stored = constant_values(model.graph)
+    for name, shape in plan.shapes.items():
+        if name not in stored:
+            return f"there is no tensor {name!r} in this one"
+        if tuple(stored[name].shape) != tuple(shape):
+            return f"its tensor {name!r} has the shape {tuple(shape)}, that of this model is {tuple(stored[name].shape)}"
+    return "the graphs differ"
 
 
 def graph_sha256(graph: gs.Graph) -> str:
