@@ -15,6 +15,7 @@ from spa.errors import BadFile, BadModel, BadOption, BadPlan, CheckFailed, Nothi
 from spa.exact import Ranks
 from spa.exact.rewriting import Rewritten, rewritten
 from spa.exact.rotation import Rotated, rotated
+from spa.frameworks.keras_model import apply_to_keras
 from spa.frameworks.torch_module import apply_to_torch
 from spa.frameworks.trees import apply_to_arrays
 from spa.graph.count import Counts, count
@@ -75,6 +76,7 @@ __all__ = [
     "analyze",
     "apply",
     "apply_to_arrays",
+    "apply_to_keras",
     "apply_to_torch",
     "choose",
     "compare",

@@ -9,7 +9,7 @@ import importlib
 
 from spa.commands.app import app
 
-for _module in ("inspect", "prune", "convert", "rewrite", "sweep", "ablate", "finetune", "check", "bench"):
+for _module in ("inspect", "prune", "convert", "rewrite", "sweep", "ablate", "finetune", "check", "weights", "bench"):
     # each adds its commands, in the order that --help lists them
     importlib.import_module(f"spa.commands.{_module}")
 

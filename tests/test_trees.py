@@ -115,3 +115,27 @@ def _widths(tree: Any, path: str = "") -> Any:
             yield path, value.shape[-1]
         elif isinstance(value, dict):
             yield from _widths(value, f"{path}/{key}".lstrip("/"))
+
+
+@pytest.mark.parametrize("name", ["resnet", "mlp"])
+def test_a_smaller_keras_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    keras = pytest.importorskip("keras", reason="keras is not installed (pip install keras)")
+    to_onnx = pytest.importorskip("jax2onnx", reason="jax2onnx is not installed (pip install 'spa-prune[jax]')").to_onnx
+    from models.intake import keras_nets
+
+    weights = {"resnet": drawn.resnet, "mlp": drawn.mlp}[name]()
+    model = {"resnet": keras_nets.resnet, "mlp": keras_nets.mlp}[name](weights)
+    shape = ("batch", *drawn.shape(name, last=True)[1:])
+    proto = to_onnx(lambda x: model(x, training=False), [shape], opset=18, input_names=["x"])
+    result = spa.prune(proto, 0.5, multiple_of=1)
+    small = spa.apply_to_keras(model, result.plan, proto)
+    x = np.random.default_rng(0).normal(size=drawn.shape(name, last=True)).astype(np.float32)
+    np.testing.assert_allclose(small(x), next(iter(run(result.model, {"x": x}).values())), rtol=1e-4, atol=1e-4)
+    assert small.count_params() < 0.6 * model.count_params()
+    small.save(tmp_path / "small.keras")
+    np.testing.assert_allclose(keras.saving.load_model(tmp_path / "small.keras")(x), small(x), rtol=1e-5, atol=1e-6)
+    wrong = spa.plan(proto, 0.25, multiple_of=1)
+    pruned = spa.apply(proto, wrong, check=False).model
+    with pytest.raises(spa.CheckFailed, match="differs by"):
+        spa.frameworks.keras_model._compare(small, spa.analyze(proto), pruned, 1e-4)
