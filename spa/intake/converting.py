@@ -11,7 +11,6 @@ from typing import Any
 
 import onnx
 from google.protobuf.message import DecodeError
-from onnxruntime.tools.onnx_model_utils import make_dim_param_fixed, make_input_shape_fixed
 
 from spa.errors import BadOption, CheckFailed, UnsupportedModel
 from spa.graph.normalize import Normal, normalize
@@ -161,6 +160,8 @@ def _normalised(path: Path, row: Framework, wish: Mapping[str, Any]) -> Normal:
 
 def _freeze(proto: onnx.ModelProto, wish: Mapping[str, Any]) -> bool:
     """Fixes sizes that inputs leave free and that should not be: those given, 1 for a batch and for what nothing is known of."""
+    from onnxruntime.tools.onnx_model_utils import make_dim_param_fixed, make_input_shape_fixed  # this imports torch, where there is one
+
     dynamic, given = wish["dynamic"], wish["inputs"]
     if dynamic == "keep":
         return False
