@@ -186,7 +186,7 @@ def plan(
             return make_plan(analysis.given, groups, decided.gone, copies=analysis.normal.copies, options={"ratio": None, **record},
                              trace=analysis.settings, notes=decided.notes)  # fmt: skip
         options = replace(options, exclude=(*options.exclude, *decided.patterns))
-    wants = needs or swaps or budget.asks or budget.judges
+    wants = needs or swaps or budget.asks or budget.judges or any(g.kind == "expert" for g in groups.free())
     evidence = evidence_for(analysis, calibration, seed=seed, stage=stage) if wants else None
     budget, evidence = with_data(analysis, budget, evidence, seed=seed, stage=stage)
     if evidence is None and swaps:
@@ -201,7 +201,7 @@ def plan(
         scored = known.scores if known is not None else by_criterion() if said is None else said.fill(groups, by_criterion)
     block = find_engine(budget.provider).block()
     if budget.asks:
-        space = find_space(groups, options, block=block)
+        space = find_space(groups, options, block=block, held=scored.held)
         made = Planner(analysis, space, scored, budget, evidence, normalize=normalize, seed=seed, known=known, stage=stage).decide()
         gone, found = made.gone, space.notes
         record = {**record, "budget": dict(made.record)}
@@ -213,10 +213,10 @@ def plan(
         gone, found = gone | decided.gone, {**found, **decided.notes}
     if not gone.any():
         raise NothingToPrune(why_nothing(groups, found))
-    notes = {**dict.fromkeys(scored.instead, f"was scored by l2: no layer sums over it, so {criterion} says nothing of it"), **found}
+    notes = {**scored.notes, **found}
     if swaps and data is not None:
         with stage("exchanging"):
-            held = find_space(groups, options, block=block).held
+            held = find_space(groups, options, block=block, held=scored.held).held
             gone = refined(analysis.normal.model.graph, groups, gone, data, rounds=swaps, seed=seed, held=held)
     chosen = {
         "ratio": None if budget.asks else asked,

@@ -210,7 +210,7 @@ NEED = [n for n in criteria.names() if criteria.get(n).needs]
 def test_the_registry_is_covered() -> None:
     tested = {*BY_LAYER, *CURVED, "obspa-greedy", "lamp", "fpgm", "bn-scale", "taylor", "taylor-sum", "snip", "fisher", "grasp", "crop",
               "synflow", "entropy-taylor"}
-    assert set(criteria.names()) == tested | {"l1", "l2", "random", "fold", "2ssp", "usage", "loraprune", "position"}  # elsewhere
+    assert set(criteria.names()) == tested | {"l1", "l2", "random", "fold", "2ssp", "usage", "loraprune", "position", "reap"}  # elsewhere
 
 
 @pytest.mark.parametrize("criterion", NEED)

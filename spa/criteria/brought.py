@@ -57,7 +57,7 @@ class Said:
         """All scores; the criterion gives those of groups that the file has none of."""
         rest = [g for g in groups.free() if np.isnan(self.scores[g.coordinates]).any()]
         found = criterion(only=rest)
-        return Scores(found.criterion, np.where(np.isnan(self.scores), found.values, self.scores), found.instead, found.held)
+        return Scores(found.criterion, np.where(np.isnan(self.scores), found.values, self.scores), found.instead, found.held, found.notes)
 
 
 def read_brought(source: str | os.PathLike[str] | Mapping[str, Any] | Brought | None) -> Brought | None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from spa.errors import BadOption
 
 Scores = NDArray[np.float64]
+Rated = TypeVar("Rated", bound=Callable[[Any], "Scores | None"])
 
 AGGREGATES: Mapping[str, Callable[[NDArray[np.float64]], Scores]] = {
     "sum": lambda rows: rows.sum(axis=0),
@@ -30,7 +31,7 @@ AGGREGATES: Mapping[str, Callable[[NDArray[np.float64]], Scores]] = {
     "max": lambda rows: rows.max(axis=0),
     "prod": lambda rows: rows.prod(axis=0),
 }
-NEEDS = ("", "vectors", "projections", "usage", "covariances", "gradients")
+NEEDS = ("", "vectors", "projections", "usage", "covariances", "gradients", "terms")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,16 @@ class Vectors(Protocol):
     magnitude: Scores  # mean of |x|
     zeros: Scores  # share of rows where x is 0 or less
     norm: Scores  # mean over samples of the Euclidean norm over a sample's rows
+
+
+class Terms(Protocol):
+    """What is known of experts, (size,) each: tokens routed to them, and the mean over these of the norm of what they add."""
+
+    count: Scores
+
+    @property
+    def mean(self) -> Scores:
+        """Mean of ‖g f(x)‖₂ over the tokens routed to the expert; 0 where there are none."""
 
 
 class LayerView(Protocol):
@@ -105,6 +116,9 @@ class GroupView(Protocol):
     def activation_saliency(self) -> list[Scores]:
         """(size,) for each layer that reads the group: `spa.statistics.gradients.activation_saliency` of its data."""
 
+    def terms(self) -> Terms | None:
+        """What each expert adds, token by token, if the group is one of experts that can be told apart."""
+
     def combine(self, rows: Iterable[Scores]) -> Scores:
         """One score of those of several tensors or layers, as `--aggregate` says; zeros if there are none."""
 
@@ -112,11 +126,11 @@ class GroupView(Protocol):
 @dataclass(frozen=True)
 class Criterion:
     """An entry of the registry. needs: "" or what must be measured on calibration data. aggregate: the default of `--aggregate`; None
-    where the group is scored as one.
+    where the group is scored as one. A function of a group may return None: it says nothing of this one, which is then scored by l2.
     """
 
     name: str
-    function: Callable[[Any], Scores]
+    function: Callable[[Any], Scores | None]
     per: str = "group"
     needs: str = ""
     aggregate: str | None = "sum"
@@ -127,19 +141,19 @@ _REGISTRY: dict[str, Criterion] = {}
 
 def criterion(
     name: str, *, per: str = "group", needs: str = "", aggregate: str | None = "sum"
-) -> Callable[[Callable[[Any], Scores]], Callable[[Any], Scores]]:
+) -> Callable[[Rated], Rated]:
     """Enters a criterion into the registry under a name for `--criterion`.
 
     per: "group" (called with a `GroupView`) or "layer" (with a `LayerView`, scores then aggregated). needs: "" (weights alone), "vectors",
-    "projections", "usage", "covariances" or "gradients". aggregate: how scores of tensors or layers are joined by default, None where
-    they are not.
+    "projections", "usage", "covariances", "gradients" or "terms". aggregate: how scores of tensors or layers are joined by default,
+    None where they are not.
     Raises BadOption for others.
     """
     if per not in ("group", "layer") or needs not in NEEDS or not (aggregate in AGGREGATES or (aggregate is None and per == "group")):
         choices = f"needs one of {', '.join(map(repr, NEEDS))}, aggregate one of {', '.join(AGGREGATES)}"
         raise BadOption(f"Criterion {name!r}: per is 'group' or 'layer', {choices}.")
 
-    def enter(function: Callable[[Any], Scores]) -> Callable[[Any], Scores]:
+    def enter(function: Rated) -> Rated:
         _REGISTRY[name] = Criterion(name, function, per, needs, aggregate)
         return function
 

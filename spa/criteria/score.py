@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from spa import criteria
+from spa.criteria.experts import super_experts
 from spa.criteria.views import Data, GroupViews
 from spa.errors import BadModel, BadOption
 from spa.graph.groups import Group, Groups
@@ -21,13 +22,14 @@ Array = NDArray[np.float64]
 class Scores:
     """(total,) score of each coordinate; NaN for groups that were not scored. instead: groups that the criterion says nothing of, by l2.
 
-    held: (total,) coordinates that stay whatever their scores; None: none.
+    held: (total,) coordinates that stay whatever their scores; None: none. notes: group -> what is to be known of its scores.
     """
 
     criterion: str
     values: NDArray[np.float64]
     instead: tuple[str, ...] = ()
     held: NDArray[np.bool_] | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,9 @@ def score(
 ) -> Scores:  # fmt: skip
     """Scores the coordinates of the free groups (or of `only`).
 
-    data: for criteria that need any. aggregate: how a group's tensors or layers are put together, a name of `spa.criteria.AGGREGATES`; by
-    default the criterion's own way. relative: errors of layers count over the energy of their outputs, for criteria that need covariances.
+    data: for criteria that need any, and to see which experts must stay (`spa.criteria.experts`). aggregate: how a group's tensors or
+    layers are put together, a name of `spa.criteria.AGGREGATES`; by default the criterion's own way. relative: errors of layers count over
+    the energy of their outputs, for criteria that need covariances.
     Raises BadModel for weights that hold NaN, BadOption where data are missing.
     """
     entry = criteria.get(criterion)
@@ -78,7 +81,9 @@ def score(
         if np.isnan(found).any():
             raise BadModel(f"Criterion {criterion!r} gave NaN for group {group.name}: its weights or its data hold NaN or infinity.")
         values[group.coordinates] = found
-    return Scores(criterion, values, tuple(instead))
+    held, kept = super_experts(groups, views.experts) if data is not None else (None, {})
+    said = {name: f"was scored by l2: {views.unseen(name, entry.needs)}, so {criterion} says nothing of it" for name in instead}
+    return Scores(criterion, values, tuple(instead), held, {**kept, **said})
 
 
 def _by_group(

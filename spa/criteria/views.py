@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from passes import Weight
 from spa import criteria
 from spa.criteria import Slice, select
+from spa.criteria.layer_view import LayerView, columns_of, spread
 from spa.graph.groups import Group, Groups
 from spa.graph.linear import Layer, find_layers
 from spa.graph.view import dtype_holds_weights
@@ -26,6 +27,7 @@ from spa.statistics.acting import Gain, acting, gains
 from spa.statistics.observe import MEMORY, Part, Vectors, draw_rows, observe, parts_of, stream
 from spa.statistics.rows import rows
 from spa.statistics.sums import Sums
+from spa.statistics.terms import Observed, Terms, observed
 from spa.storage.store import Model
 from spa.timing.share import room
 
@@ -114,7 +116,7 @@ class GroupViews:
                 if needs == "usage":
                     view = replace(view, usage=usage[group.index, id(layer)])
                 elif needs:
-                    view = replace(view, vectors=_spread(vectors[layer.data, axis], layer.positions[axis]))
+                    view = replace(view, vectors=spread(vectors[layer.data, axis], layer.positions[axis]))
                 if needs == "projections":
                     single = projections.get((group.index, id(layer)))
                     view = replace(view, projections=view.per_channel(view.vectors.magnitude) if single is None else single)
@@ -231,7 +233,7 @@ class GroupViews:
                 found = rows(layer, data, draw_rows(layer, data.shape, number, 1 / len(self.data.batches), self.seed))  # type: ignore[union-attr]
                 for part in range(layer.parts):
                     norms = np.zeros((found.shape[1], group.size))
-                    for channel, at in _columns(view.of[part], group.size):
+                    for channel, at in columns_of(view.of[part], group.size):
                         gram = view.weight[part][:, at].T @ view.weight[part][:, at]
                         x = found[part][:, at].astype(np.float64)
                         norms[:, channel] = np.einsum("ri,ij,rj->r", x, gram, x)
@@ -239,6 +241,19 @@ class GroupViews:
 
         stream(self.data.model, self.groups.traced.facts.types, self.data.batches, [x.data for _, x, _ in pairs], add)
         return {key: total / max(total.sum(), 1) for key, total in totals.items()}
+
+    # ------------------------------------------------------------------ experts
+
+    @cached_property
+    def experts(self) -> Observed:
+        """What the experts of all groups that may shrink add, and why nothing is known of some."""
+        there = [g for g in self.groups.free() if g.kind == "expert"]
+        return observed(self.data.model, self.groups, there, self.data.batches) if there and self.data is not None else ({}, {})
+
+    def unseen(self, name: str, needs: str) -> str:
+        """Why a criterion that needs this says nothing of a group."""
+        why = self.experts[1].get(self.groups.by_name[name].index, "it holds no experts")
+        return why if needs == "terms" else "no layer sums over it"
 
     # ------------------------------------------------------------------ gradients
 
@@ -260,44 +275,6 @@ class GroupViews:
         assert self.data is not None
         places = sorted({(x.data, self._axis(x, g)) for g in self.groups.free() for x in self.readers.get(g.index, ())})
         return activation_saliency(self.graph, self.data.batches, places, loss="entropy")
-
-
-@dataclass(frozen=True)
-class LayerView:
-    """See `spa.criteria.LayerView`."""
-
-    size: int
-    weight: Array
-    of: NDArray[np.int64]
-    layer: Layer = field(repr=False)
-    damping: float = solve.DAMPING
-    vectors: Vectors = field(default_factory=Vectors, repr=False)
-    projections: Array = field(default_factory=lambda: np.zeros(0), repr=False)
-    usage: Array = field(default_factory=lambda: np.zeros(0), repr=False)
-    systems: tuple[select.Layer, ...] = ()
-
-    def per_channel(self, columns: Array) -> Array:
-        """See `spa.criteria.LayerView`."""
-        spread = np.broadcast_to(columns, self.of.shape)
-        there = self.of >= 0
-        return np.asarray(np.bincount(self.of[there], weights=spread[there], minlength=self.size), np.float64)
-
-
-def _columns(of: NDArray[np.int64], size: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """Channels that have columns, with these."""
-    order = np.argsort(of, kind="stable")
-    cuts = np.searchsorted(of[order], np.arange(size + 1))
-    for channel in range(size):
-        if cuts[channel] < cuts[channel + 1]:
-            yield channel, order[cuts[channel] : cuts[channel + 1]]
-
-
-def _spread(vectors: Vectors, positions: NDArray[np.int64]) -> Vectors:
-    """Statistics of positions, for each column."""
-    mean, square, magnitude, zeros, norm = (
-        a[positions] for a in (vectors.mean, vectors.square, vectors.magnitude, vectors.zeros, vectors.norm)
-    )
-    return Vectors(vectors.count, mean, square, magnitude, zeros, norm, vectors.samples)
 
 
 @dataclass
@@ -369,6 +346,10 @@ class View:
             axis = self.views._axis(layer, self.group)
             found.append(self._channels(self.views.activations[layer.data, axis], self.views.groups.labels[layer.data, axis]))
         return found
+
+    def terms(self) -> Terms | None:
+        """See `spa.criteria.GroupView`."""
+        return self.views.experts[0].get(self.group.index)
 
     def combine(self, rows: Iterable[Array]) -> Array:
         """See `spa.criteria.GroupView`."""

@@ -61,6 +61,7 @@ class Choices:
     def __init__(self) -> None:
         self.found: list[Choice] = []
         self._of: dict[str, Choice] = {}  # value that holds positions -> choice
+        self._slots: list[Axis] = []
 
     def picked(self, node: gs.Node, made: Signature, name: str, axis: Axis, value: str, number: int) -> bool:
         """Notes that a node picks along a dim, which is axis `number` of a value; False where it looks up others than chosen positions."""
@@ -69,6 +70,11 @@ class Choices:
         if choice is not None:
             choice.picks.append(Pick(node.outputs[0].name, axis, value, number))
         return choice is not None
+
+    def counted(self, axis: Axis) -> Axis:
+        """Takes note of an axis of what was chosen: it stays, but only from the end on, so that sums over it are known by it."""
+        self._slots.append(axis)
+        return axis
 
     def begin(self, node: gs.Node, name: str, made: Signature, dims: Mapping[str, Axis]) -> None:
         """Notes the positions that a node gives."""
@@ -102,6 +108,9 @@ class Choices:
         for tensor in outputs:
             if tensor.name in self._of:
                 self._of[tensor.name].read.append(f"output {tensor.name}")
+        for axis in self._slots:
+            if axis.labels is not None:
+                atoms.freeze(axis.labels, axis.why)
         for choice in self.found:
             every = [choice.axis, *(p.axis for p in choice.picks)]
             free = [a.labels for a in every if a.labels is not None]

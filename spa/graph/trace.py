@@ -369,9 +369,8 @@ class _Tracer:
         length = sizes.get(name, axes[i] if i < len(axes) else 0)
         dynamic = self.facts.dynamic.get(value, ())
         if kind_of(made, name) is FIXED and made.gives and 1 < length <= MOST:
-            chosen = Axis(length, self.atoms.fresh(length))  # stays, but sums over what was chosen are known by it
-            self._freeze(chosen, node_name(node), node.op, value, i, cause_of(made, name))
-            return chosen
+            reason = self._reason(node_name(node), node.op, value, i, cause_of(made, name))
+            return self.choices.counted(Axis(length, self.atoms.fresh(length), reason))
         if kind_of(made, name) is FIXED or not 1 < length <= MOST or (i < len(dynamic) and dynamic[i]):
             return Axis(length, None, self._reason(node_name(node), node.op, value, i, cause_of(made, name)))
         return Axis(length, self.atoms.fresh(length))

@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 
 from spa.criteria.score import Scores
 from spa.errors import BadOption
-from spa.graph.demands import ANY, demands_of
 from spa.graph.groups import Group, Groups
 from spa.graph.kinds import KINDS
 from spa.graph.trace import node_name
 from spa.plans.protect import parsed, protected
 from spa.plans.spread import log_shares, threshold_by_parameters
-from spa.signatures.table import dims_of
+from spa.plans.widths import Widths
 
 SCOPES = ("local", "global", "isomorphic", "cost", "log")
 NORMALIZATIONS: Mapping[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
@@ -33,7 +32,6 @@ NORMALIZATIONS: Mapping[str, Callable[[NDArray[np.float64]], NDArray[np.float64]
 }
 MANY = 14  # groups of a family of which every choice is tried
 MISS = 0.05  # a factor of a product that gets this much closer to the ratio is preferred to one with more coordinates
-SLACK = 1 / 6  # of a group's size: how far rounding to a block may lead away from what was asked for
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ def choose(groups: Groups, scores: Scores, options: Options, *, block: int = 16)
     isomorphic: one threshold among groups of the same structure (Fang et al. 2024, arXiv 2407.04616). cost: as global, but the ratio is of
     the groups' parameters, not of their number of coordinates. log: as local, but more of late layers (`spa.plans.spread`).
     """
-    space = find_space(groups, options, block=block)
+    space = find_space(groups, options, block=block, held=scores.held)
     scores = replace(scores, held=space.held)
     quota = _quota(groups, space.chosen, scores, space.wanted, options)
     notes = dict(space.notes)
@@ -129,7 +127,7 @@ class Space:
     chosen: tuple[Group, ...]
     wanted: Mapping[int, float]
     notes: Mapping[str, str]
-    widths: _Widths
+    widths: Widths
     held: NDArray[np.bool_] = field(repr=False)
 
     def kept(self, group: Group, target: float) -> int:
@@ -146,18 +144,23 @@ class Space:
         return np.unique([*(self.widths.kept(group, float(t)) for t in targets), group.size])
 
 
-def find_space(groups: Groups, options: Options, *, block: int = 16) -> Space:
-    """The groups that the options let shrink, one factor of each product. Raises BadOption for patterns that match nothing."""
+def find_space(groups: Groups, options: Options, *, block: int = 16, held: NDArray[np.bool_] | None = None) -> Space:
+    """The groups that the options let shrink, one factor of each product. Raises BadOption for patterns that match nothing.
+
+    held: coordinates that stay beside those that are protected (`Scores.held`).
+    """
     notes: dict[str, str] = {}
     candidates = _selected(groups, options)
     readers = readers_of(groups) if options.ratios or options.protect else {}
+    also = held
     held = protected(groups, options.protect, lambda pattern: _matching(groups, pattern, readers))
+    held = held if also is None else held | also
     for group in candidates:
         if held[group.coordinates].all():
-            notes[group.name] = "stays whole: all of it is protected (--protect)"
+            notes[group.name] = "stays whole: all of it is protected"
     candidates = [g for g in candidates if g.name not in notes]
     wanted = {g.index: _own_ratio(g, options, readers) for g in candidates}
-    widths = _Widths(groups, options, block, held)
+    widths = Widths(groups, options.multiple_of, options.keep_at_least, block, held)
     return Space(tuple(_one_factor_each(groups, candidates, wanted, widths, notes)), wanted, notes, widths, held)
 
 
@@ -238,77 +241,8 @@ def _own_ratio(group: Group, options: Options, readers: Mapping[str, list[str]])
     return next((r for p, r in options.ratios.items() if matches([p], names)), options.ratio)
 
 
-class _Widths:
-    """Widths that a group may shrink to."""
-
-    def __init__(self, groups: Groups, options: Options, block: int, held: NDArray[np.bool_]) -> None:
-        self.groups, self.options, self.block, self.held = groups, options, block, held
-        self.repeat, self.dense = _repeats(groups), _dense_inputs(groups)
-        self.demands = demands_of(groups)
-
-    def _unit(self, group: Group, block: int) -> int:
-        return math.lcm(block // math.gcd(block, self.repeat[group.index]), self.demands.get(group.index, ANY).multiple)
-
-    def step(self, group: Group) -> int:
-        """The finest rounding that applies to a group."""
-        if self.options.multiple_of == "auto":
-            return self._unit(group, 4 if group.index in self.dense else 1)
-        return self._unit(group, int(self.options.multiple_of))
-
-    def kept(self, group: Group, target: float) -> int:
-        """Width nearest to `target`; the group's own size where there is none below it."""
-        demand = self.demands.get(group.index, ANY).least
-        least = min(max(self.options.keep_at_least, demand, int(self.held[group.coordinates].sum())), group.size)
-        if self.options.multiple_of != "auto":
-            return self._nearest(group, target, self._unit(group, int(self.options.multiple_of)), least)
-        block, floor = self.block, (4 if group.index in self.dense else 1)
-        while True:
-            keep = self._nearest(group, target, self._unit(group, block), least)
-            if block <= floor or abs(keep - target) <= SLACK * group.size:
-                return keep
-            block //= 2
-
-    def _nearest(self, group: Group, target: float, unit: int, least: int) -> int:
-        if unit == 1:
-            return max(int(target + 1e-6), least)
-        keep = max(int(target / unit + 0.5) * unit, math.ceil(least / unit) * unit, unit)
-        return min(keep, group.size)
-
-
-def _repeats(groups: Groups) -> dict[int, int]:
-    """Positions that one coordinate holds on the activation axis where it holds fewest."""
-    constants = groups.traced.constants
-    of = np.concatenate([[-1], groups.of_coordinate()])
-    found: dict[int, int] = {}
-    for (value, _), labels in groups.labels.items():
-        if value in constants:
-            continue
-        counts = np.bincount(of[labels].ravel() + 1, minlength=len(groups.groups) + 1)[1:]
-        for g in np.flatnonzero(counts):
-            repeat = max(int(counts[g]) // groups.groups[g].size, 1)
-            found[int(g)] = min(found.get(int(g), repeat), repeat)
-    return {g.index: found.get(g.index, 1) for g in groups.groups}
-
-
-def _dense_inputs(groups: Groups) -> set[int]:
-    """Groups that are input channels of a convolution (a node that sums over a dim and has a window), or pass one by one."""
-    found: set[int] = set()
-    of = np.concatenate([[-1], groups.of_coordinate()])
-    for node in groups.traced.nodes:
-        signature = node.signature
-        if signature is None or not signature.macs or len(signature.inputs) < 2:
-            continue
-        if not any(n.startswith("k.") for t in signature.inputs[1] or () for n in dims_of(t)):
-            continue
-        tensor = node.node.inputs[0]
-        labels = groups.labels.get((tensor.name, 1))
-        if labels is not None:
-            found |= {int(g) for g in np.unique(of[labels]) if g >= 0}
-    return found
-
-
 def _one_factor_each(
-    groups: Groups, candidates: Sequence[Group], wanted: Mapping[int, float], widths: _Widths, notes: dict[str, str]
+    groups: Groups, candidates: Sequence[Group], wanted: Mapping[int, float], widths: Widths, notes: dict[str, str]
 ) -> list[Group]:
     """Of the factors of a product only one shrinks, so that the product shrinks by the ratio and not by its square.
 
@@ -329,7 +263,7 @@ def _one_factor_each(
     return sorted(chosen, key=lambda g: g.index)
 
 
-def _best_factors(family: nx.Graph[int], by_index: Mapping[int, Group], wanted: Mapping[int, float], widths: _Widths) -> set[int]:
+def _best_factors(family: nx.Graph[int], by_index: Mapping[int, Group], wanted: Mapping[int, float], widths: Widths) -> set[int]:
     """Groups of a family of which no two multiply each other, none can be added, and that together save most."""
 
     def value(index: int) -> tuple[float, int]:

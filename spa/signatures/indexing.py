@@ -104,7 +104,8 @@ def gather(node: NodeView) -> Signature | Refusal:
     if known is None or known.size < 2:
         cause = BY_DATA if known is None else "single positions are picked from it"
         looked_up = {"row": 1} if known is None and index else {}
-        return Signature((rows, listed), (out,), {"row": FIXED, "i": FIXED}, {"row": cause, "i": "holds positions"}, picked=looked_up)
+        kinds = {"row": FIXED} if looked_up else {"row": FIXED, "i": FIXED}
+        return Signature((rows, listed), (out,), kinds, {"row": cause, "i": "holds positions"}, picked=looked_up)
     picked = Pick(Dim("row"), tuple((known.ravel() % data[axis]).tolist()))
     return Signature((rows, listed), (out,), equations=((Product(listed), picked),), carries=(Carry(1, remap=picked),))
 
@@ -121,8 +122,8 @@ def gather_elements(node: NodeView) -> Signature | Refusal:
     data = tuple(Dim(f"a.{i}" if s else f"x.{i}") for i, s in enumerate(same))
     rows = tuple(Dim(f"a.{i}" if s else f"y.{i}") for i, s in enumerate(same))
     scatter = len(node.inputs) > 2
-    return Signature((data, rows, *([rows] if scatter else [])), (data if scatter else rows,), {"x": FIXED, "y": FIXED},
-                     {"x": BY_DATA, "y": "holds positions"}, picked={f"x.{axis}": 1})
+    return Signature((data, rows, *([rows] if scatter else [])), (data if scatter else rows,),
+                     {"x": FIXED, "y": FIXED} if scatter else {"x": FIXED}, {"x": BY_DATA, "y": "holds positions"}, picked={f"x.{axis}": 1})
 
 
 @signature("TensorScatter")
@@ -152,4 +153,5 @@ def gather_nd(node: NodeView) -> Signature | Refusal:
     one = {f"x.{batch}": 1} if index[-1] == 1 else {}
     if node.op == "ScatterND":
         return Signature((left, rows, picked), (left,), {"x": FIXED, "y": FIXED}, causes, picked=one)
-    return Signature((left, rows), (picked,), {"x": FIXED, "y": FIXED}, causes, picked=one)
+    held = {f"y.{i}": FIXED for i in (*range(batch), len(index) - 1)}
+    return Signature((left, rows), (picked,), {"x": FIXED, **held}, causes, picked=one)

@@ -11,7 +11,7 @@ import math
 
 from spa.signatures.attention import given
 from spa.signatures.blocks import CAUSES, KINDS, Blocks, blocks_of
-from spa.signatures.table import FIXED, STAT, SUM, Demand, Kind, NodeView, Refusal, Signature, dims_of, make, signature
+from spa.signatures.table import FIXED, STAT, SUM, Demand, Kind, Mixture, NodeView, Refusal, Signature, dims_of, make, signature
 
 MS = "com.microsoft"
 WHY = {**CAUSES, "m": "counts tokens", "r": "counts tokens", "two": "is a neuron with its gate", "p": "shares a byte"}
@@ -21,6 +21,14 @@ EXPERTS: dict[str, Kind] = {**KINDS, "m": FIXED, "r": FIXED, "two": FIXED, "p": 
 def _demand(node: NodeView) -> Demand:
     """At least as many experts as each token asks for."""
     return Demand("e", least=int(node.attrs.get("k", 1)), cause="so many experts are asked for each token")
+
+
+def _mixture(node: NodeView, weighs: int | None = None) -> Mixture:
+    """How experts are weighted. weighs: the input that holds other weights than the router's."""
+    unknown = "takes its experts' weights from an input of their own" if weighs is not None and given(node, weighs) else ""
+    if int(node.attrs.get("use_sparse_mixer", 0)):
+        unknown = "weighs its experts by a sparse mixer, which kernels compute differently"
+    return Mixture(0, 1, "e", int(node.attrs.get("k", 1)), {"k": 1}, unknown)
 
 
 def _rows(node: NodeView, neurons: str) -> str:
@@ -50,7 +58,7 @@ def mixture(node: NodeView) -> Signature | Refusal:
         node, f"*m i, r e, {weights[0]}, e {rows}, {weights[1]}, e i, {weights[2]}, e j -> *m i", sizes={"two": 2},
         causes={**WHY, **dict.fromkeys("ij", "has weights in an older order, which is told by their sizes")},
         kinds={**EXPERTS, **held}, demands=(_demand(node),), macs=((chosen * (factor + 1), "m", "i", "j"),),
-        roles={"e": "expert", "j": "expert-neuron"},
+        roles={"e": "expert", "j": "expert-neuron"}, mixture=_mixture(node),
     )
 
 
@@ -86,6 +94,7 @@ def quantised_mixture(node: NodeView) -> Signature | Refusal:
         sizes={"two": 2, **i.sizes, **j.sizes}, causes={**WHY, "i": i.held, "j": j.held}, kinds={**EXPERTS, **held},
         demands=(_demand(node),), macs=((int(node.attrs.get("k", 1)) * (factor + 1) * _inner(i) * _inner(j), "m", "i", "j"),),
         roles={"e": "expert", "j": "expert-neuron"},
+        mixture=_mixture(node, 14),
         masked=(0, 3, 4, 9, 10),
     )
 

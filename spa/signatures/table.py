@@ -34,6 +34,7 @@ from spa.signatures.terms import (
     Dim,
     Kind,
     Linear,
+    Mixture,
     NodeView,
     One,
     Operand,
@@ -144,6 +145,7 @@ def make(
     picked: Mapping[str, int] | None = None,
     affine: tuple[int, int | None] | None = None,
     masked: tuple[int, ...] | None = None,
+    mixture: Mixture | None = None,
     **more: Kind,
 ) -> Signature | Refusal:
     """Signature of a node from its pattern.
@@ -188,7 +190,7 @@ def make(
     for i in range(1, len(blank) + 1):
         all_kinds[f"_{i}"] = FIXED
     return Signature(inputs, tuple(outputs), all_kinds, fixed, known, tuple(carries), macs=macs, linear=linear, moments=moments,
-                     roles=dict(roles or {}), demands=demands, picked=dict(picked or {}), affine=affine, masked=masked)
+                     roles=dict(roles or {}), demands=demands, picked=dict(picked or {}), affine=affine, masked=masked, mixture=mixture)
 
 
 def _rank(tokens: Iterable[str], stars: Mapping[str, int]) -> int | None:
@@ -258,7 +260,7 @@ def ints(array: NDArray[Any] | Iterable[int] | None) -> list[int] | None:
 
 
 __all__ = [
-    "FIXED", "MAP", "STAT", "SUM", "Carry", "Demand", "Dim", "Kind", "Linear", "NodeView", "One", "Operand", "Parted", "PatternError",
-    "Pick", "Product", "Refusal", "Rule", "Signature", "Sum", "Term", "Window", "axis_of", "cause_of", "dims_of", "ints", "kind_of", "make",
-    "operators", "read", "rule_of", "signature",
+    "FIXED", "MAP", "STAT", "SUM", "Carry", "Demand", "Dim", "Kind", "Linear", "Mixture", "NodeView", "One", "Operand", "Parted",
+    "PatternError", "Pick", "Product", "Refusal", "Rule", "Signature", "Sum", "Term", "Window", "axis_of", "cause_of", "dims_of", "ints",
+    "kind_of", "make", "operators", "read", "rule_of", "signature",
 ]  # fmt: skip

@@ -157,6 +157,22 @@ class Parted:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """A mixture of experts in one operator: y = Σ g_e f_e(x) over the `count` experts that the router scores highest.
+
+    data, router: input numbers. experts: their dim. g is the softmax of the scores, or the chosen ones' share of it. alone: attributes by
+    which the operator takes one expert a token, with weight one. unknown: why g is neither, if it is known to be neither.
+    """
+
+    data: int
+    router: int
+    experts: str
+    count: int
+    alone: Mapping[str, Any]
+    unknown: str = ""
+
+
+@dataclass(frozen=True)
 class Signature:
     """One node's signature, with ranks known and variadic axes spelled out."""
 
@@ -176,6 +192,7 @@ class Signature:
     sums: int | None = None  # output that holds the plain sum of those inputs
     parted: Parted | None = None  # how it would be without the sum in it
     picked: Mapping[str, int] = field(default_factory=dict)  # FIXED dims of which positions are picked -> the input that holds these
+    mixture: Mixture | None = None  # where it holds a mixture of experts
     gives: Mapping[int, str] = field(default_factory=dict)  # output -> the dim whose positions its elements are, as found in the data
     roles: Mapping[str, str] = field(default_factory=dict)  # of dims in an operator that holds an attention, see `spa.graph.kinds`
     demands: tuple[Demand, ...] = ()  # of the kernel, on the sizes of dims

@@ -149,7 +149,9 @@ class Folder:
         """Scores, and losses if they are there too; None if nothing is, or nothing that can be read."""
         try:
             with np.load(self.path / LEARNED / f"{name}.npz", allow_pickle=False) as data:
-                found = Scores(str(data["criterion"]), data["values"], tuple(str(x) for x in data["instead"]))
+                stay = data["held"] if len(data["held"]) else None
+                found = Scores(str(data["criterion"]), data["values"], tuple(str(x) for x in data["instead"]), stay,
+                               dict(json.loads(str(data["notes"]))))  # fmt: skip
                 count = int(data["rungs"])
                 return Known(found, None if count < 0 else [data[f"losses{i}"] for i in range(count)], int(data["measured"]))
         except Exception:  # zipfile, zlib and numpy raise classes of their own; what can't be read is worked out again
@@ -161,6 +163,7 @@ class Folder:
         held = io.BytesIO()
         scores, count = known.scores, -1 if known.losses is None else len(known.losses)
         np.savez(held, criterion=np.array(scores.criterion), values=scores.values, instead=np.array(scores.instead, str),
+                 held=np.zeros(0, bool) if scores.held is None else scores.held, notes=np.array(json.dumps(dict(scores.notes))),
                  measured=np.array(known.measured), rungs=np.array(count), **arrays)  # fmt: skip
         write_files([(self.path / LEARNED / f"{name}.npz", [held.getvalue()])])
 

@@ -51,7 +51,8 @@ def losses(experiment: Experiment, repair: str, found: Scores) -> Known | Failur
                           include=experiment.wishes["include"], exclude=experiment.wishes["exclude"],
                           ratios=experiment.wishes["ratios"], normalize=experiment.wishes["normalize"],
                           units=experiment.wishes["units"], protect=experiment.wishes["protect"])  # fmt: skip
-        space = find_space(lab.analysis.groups, options, block=find(experiment.provider, "provider").block())
+        space = find_space(lab.analysis.groups, options, block=find(experiment.provider, "provider").block(),
+                           held=found.held)  # fmt: skip
         # any target will do: which one it is plays no part in the losses
         budget = Budget(("macs=0.5",), "solver", metric=experiment.metric, held=lab.held, output=experiment.output,
                         provider=experiment.provider, threads=experiment.threads, time_limit=experiment.time_limit,
