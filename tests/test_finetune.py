@@ -20,8 +20,6 @@ from spa.learning.training import Samples, learned, moved, rate_at
 
 torch = pytest.importorskip("torch", reason="torch is not installed (pip install 'spa-prune[torch]')")
 
-RNG = np.random.default_rng(0)
-
 
 def network() -> onnx.ModelProto:
     """A convolution with a norm, a mask that is no weight, and a classifier of three classes."""
@@ -34,10 +32,11 @@ def network() -> onnx.ModelProto:
         f = Flatten(e)
         y = Gemm<transB=1>(f, head_weight, head_bias)
     }""")
+    rng = np.random.default_rng(0)
     arrays = {
-        "conv_weight": RNG.standard_normal((16, 2, 3, 3)), "conv_bias": RNG.standard_normal(16), "norm_weight": np.ones(16),
-        "norm_bias": np.zeros(16), "norm_mean": RNG.standard_normal(16), "norm_var": np.full(16, 2.0),
-        "mask": RNG.standard_normal((1, 1, 4, 4)), "head_weight": RNG.standard_normal((3, 16)), "head_bias": np.zeros(3),
+        "conv_weight": rng.standard_normal((16, 2, 3, 3)), "conv_bias": rng.standard_normal(16), "norm_weight": np.ones(16),
+        "norm_bias": np.zeros(16), "norm_mean": rng.standard_normal(16), "norm_var": np.full(16, 2.0),
+        "mask": rng.standard_normal((1, 1, 4, 4)), "head_weight": rng.standard_normal((3, 16)), "head_bias": np.zeros(3),
     }  # fmt: skip
     for name, array in arrays.items():
         model.graph.initializer.append(onnx.numpy_helper.from_array(array.astype(np.float32), name))
@@ -49,7 +48,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A model, what is left of it, and data."""
     monkeypatch.chdir(tmp_path)
     onnx.save(network(), "m.onnx")
-    spa.prune("m.onnx", 0.5, multiple_of=1).save("small.onnx")
+    spa.prune("m.onnx", 0.5, criterion="random", multiple_of=1).save("small.onnx")
     x = np.random.default_rng(1).standard_normal((240, 2, 4, 4)).astype(np.float32)
     y = spa.proof.check.run(spa.load("m.onnx"), {"x": x})["y"].argmax(1)
     np.savez("d.npz", x=x, labels=y)
@@ -134,6 +133,16 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_best(folder: Path) -> None
     assert found.best.number == 0
     before = {n: values(spa.load("small.onnx").graph, n) for n in constant_values(spa.load("small.onnx").graph)}
     assert all(np.array_equal(before[n], v) for n, v in held(found).items())
+
+
+def test_a_metric_that_is_no_number_stops_and_keeps_the_best(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = iter([50.0, 20.0, 60.0, float("nan"), 90.0])  # the teacher's, then epochs 0, 1, 2
+    monkeypatch.setattr("spa.budgets.quality.measure", lambda *_: next(figures))
+    found = trained()
+    assert "the accuracy became nan in epoch 2: the best model before it was kept" in found.stopped
+    assert (found.best.number, found.best.value, len(found.history)) == (1, 60.0, 2)
+    figures = iter([50.0, float("nan"), 60.0, 55.0])
+    assert trained(how={"epochs": 2}).best.number == 1
 
 
 def test_nothing_gets_worse(folder: Path) -> None:

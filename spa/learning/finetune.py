@@ -203,8 +203,7 @@ class _Run:
             state.done = number
             self._keep(state)
             self.tell(epoch)
-        sign = -1 if self.judge.metric.higher_is_better else 1
-        best = min(state.history, key=lambda e: (sign * e.value, e.number))
+        best = min(state.history, key=lambda e: (self._cost(e), e.number))
         return Finetuned(self._model(state.best), tuple(state.history), best, self.judge.metric.name, self.judge.value, len(self.learned),
                          stopped)  # fmt: skip
 
@@ -217,8 +216,11 @@ class _Run:
         return {n: p.detach().cpu().clone() for n, p in self.changing.items()}
 
     def _better(self, epoch: Epoch, history: Sequence[Epoch]) -> bool:
-        higher = self.judge.metric.higher_is_better
-        return all(epoch.value > e.value if higher else epoch.value < e.value for e in history)
+        return all(self._cost(epoch) < self._cost(e) for e in history)
+
+    def _cost(self, epoch: Epoch) -> float:
+        """Less is better; what is no number is worst."""
+        return np.inf if np.isnan(epoch.value) else -epoch.value if self.judge.metric.higher_is_better else epoch.value
 
     # ------------------------------------------------------------------ one epoch
 
