@@ -178,3 +178,16 @@ def test_what_the_command_refuses(tmp_path: Path) -> None:
     no("one.npy", says="is no .npz file")
     no("s.npz", "--target", "macs=0.5", says="--target needs scores")
     no("s.npz", "--ratio", "0.5", "--steps", "2", says="prune in one step")
+
+
+def test_a_sweep_takes_scores(tmp_path: Path) -> None:
+    scores = {"w1:0": np.array([3.0, 2, 1, 0, 7, 6, 5, 4])}
+    feeds = [{"x": drawn((4, 3, 4, 4), 1)} for _ in range(2)]
+    how: dict[str, Any] = {"ratio": [0.25, 0.5], "multiple_of": 1, "repair": "none", "calibration": feeds}
+    found = spa.sweep(chain(), tmp_path / "s", scores=scores, **how)
+    kept = [spa.load_plan(tmp_path / "s" / p.plan).groups["w1:0"]["kept"] for p in found.points]
+    assert sorted(kept, key=len) == [[4, 5, 6, 7], [0, 1, 4, 5, 6, 7]]
+    with pytest.raises(spa.BadOption, match="other settings"):
+        spa.sweep(chain(), tmp_path / "s", scores={"w1:0": np.arange(8.0)}, **how)
+    with pytest.raises(spa.BadOption, match="'gate:w1:0' is no score"):
+        spa.sweep(chain(), tmp_path / "t", scores={"gate:w1:0": np.arange(8.0)}, **how)

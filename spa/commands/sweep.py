@@ -70,6 +70,7 @@ def sweep(
     protect_outputs: given.Protect = True, no_stat: given.NoStat = False, keep_state: given.KeepState = False,
     inputs: given.Inputs = None, seed: given.Seed = 0, no_check: given.NoCheck = False, tolerance: given.Tolerance = TOLERANCE,
     aggregate: given.Aggregate = None, normalize: given.Normalize = "mean", swaps: given.Swaps = 0, loss: given.Loss = "auto",
+    scores: given.Scores = None,
     damping: given.Damping = DAMPING, repair_inputs: given.RepairInputs = "pruned", repair_target: given.RepairTarget = "dense",
     no_norms: given.NoNorms = False, time_limit: given.TimeLimit = TIME_LIMIT, as_json: given.Json = False,
     verbose: given.Verbose = False,
@@ -102,7 +103,7 @@ def sweep(
             include=tuple(include or ()), exclude=tuple(exclude or ()), units=reading.units(units),
             protect=() if protect is None else read_protect(protect), ratios=reading.read_ratios(ratios), seed=seed, check=not no_check,
             tolerance=tolerance, calibration=data[0], evaluate=data[1], metric=metric, output=output_name, aggregate=aggregate,
-            normalize=normalize, swaps=swaps, loss=loss, repair_options=mending, provider=provider, threads=threads,
+            normalize=normalize, swaps=swaps, loss=loss, scores=scores, repair_options=mending, provider=provider, threads=threads,
             time_limit=time_limit, bench=bench, seconds=seconds, jobs=jobs, backend=backend, retry=retry, tell=tell, stage=term.stage,
         )  # fmt: skip
     cost = against or _cost(found, settings, bench)

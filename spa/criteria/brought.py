@@ -15,10 +15,12 @@ Without a prefix, numbers that are all 0 or 1 are a mask, others scores.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,21 @@ class Brought:
 
     name: str
     arrays: Mapping[str, Array] = field(repr=False)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the arrays."""
+        digest = hashlib.sha256()
+        for key in sorted(self.arrays):
+            digest.update(key.encode() + b"\0" + self.arrays[key].tobytes())
+        return digest.hexdigest()
+
+    def only_scores(self) -> Brought:
+        """The same. Raises BadOption if there are masks or scales among them, which leave nothing to compare."""
+        other = next((k for k, a in self.arrays.items() if _kind(k)[0] not in ("", "score") or (not _kind(k)[0] and _binary(a))), None)
+        if other is not None:
+            raise BadOption(f"--scores {self.name}: {other!r} is no score; `spa sweep` takes scores, `spa prune` masks and scales too.")
+        return self
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from spa import criteria
 from spa.budgets.budget import TIME_LIMIT
 from spa.budgets.metrics import find_metric
 from spa.budgets.quality import Judge, automatic, judge, split
+from spa.criteria.brought import Brought
 from spa.data.evidence import Evidence, adapted
 from spa.errors import BadOption, UnsupportedModel
 from spa.graph.analysis import Analysis, analyze, evidence_for
@@ -89,8 +90,9 @@ class Experiment:
         """What determines its results, as plain data."""
         mending = {k: v for k, v in vars(self.mending).items() if k != "method"}
         data = {"calibration": self.fit, "evaluate": self.held}
+        wishes = {k: v.sha256 if isinstance(v, Brought) else v for k, v in self.wishes.items()}
         return {
-            "model_sha256": self.sha256, **self.trace, **self.wishes, **{f"repair_{k}": v for k, v in mending.items()},
+            "model_sha256": self.sha256, **self.trace, **wishes, **{f"repair_{k}": v for k, v in mending.items()},
             "metric": self.metric, "output_name": self.output, "provider": self.provider, "threads": self.threads,
             "time_limit": self.time_limit, "seed": self.seed, "check": self.check, "tolerance": self.tolerance,
             **{k: None if v is None else v.sha256 for k, v in data.items()},

@@ -18,6 +18,7 @@ import numpy as np
 import onnxruntime
 
 from spa.budgets.budget import TIME_LIMIT, Budget
+from spa.criteria.brought import read_brought
 from spa.criteria.score import Known
 from spa.engines import find
 from spa.errors import BadFile, BadOption
@@ -85,6 +86,7 @@ def sweep(
     normalize: str = "mean",
     swaps: int = 0,
     loss: str = "auto",
+    scores: Any = None,
     repair_options: RepairOptions | None = None,
     provider: str = "cpu",
     threads: int = 1,
@@ -106,7 +108,7 @@ def sweep(
     where there are no others), the metric, and the output that it looks at. repair_options: how repairs go, but for their method.
     bench, seconds: whether points are timed against the model as it is, on `provider` with `threads`, and for how long each. jobs, backend:
     workers side by side, processes here ("loky") or on a Ray cluster ("ray"); 0: one for each core. retry: try points again that failed.
-    tell: is called after each step. The rest is as in `spa.plan` and `spa.apply`.
+    tell: is called after each step. scores: of the user's own, in place of the criteria's. The rest is as in `spa.plan` and `spa.apply`.
 
     Raises BadOption for what is not there or does not go together, for a folder of another model or other settings, and where no point
     could be made at all; BadFile if the folder can't be written. What was finished stays.
@@ -117,10 +119,11 @@ def sweep(
     mending = repair_options or RepairOptions()
     methods = _several(repair) if repair is not None else ("none" if calibration is None else "obspa",)
     settings = grid(_several(ratio), _several(target), _several(criterion), methods, _several(scope), _several(allocation))
+    brought = read_brought(scores)
     wishes = {
         "multiple_of": multiple_of, "keep_at_least": keep_at_least, "include": tuple(include), "exclude": tuple(exclude),
         "units": tuple(units), "protect": tuple(protect), "ratios": dict(ratios or {}), "aggregate": aggregate, "normalize": normalize,
-        "swaps": swaps, "loss": loss,
+        "swaps": swaps, "loss": loss, "scores": None if brought is None else brought.only_scores(),
     }  # fmt: skip
     _check(settings, wishes, calibration is not None, provider, bench, seconds, time_limit, jobs, backend)
     lab = experiment.prepare(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from spa import api
 from spa.budgets.budget import Budget
 from spa.budgets.planner import Planner
+from spa.criteria.brought import resolved
 from spa.criteria.score import Known, Scores, score
 from spa.criteria.views import Data
 from spa.engines import find
@@ -37,8 +39,10 @@ def scores(experiment: Experiment, criterion: str) -> Scores | Failure:
         wishes = experiment.wishes
         fit, damping = lab.fit, experiment.mending.damping
         data = None if fit is None else Data(fit.model, fit.batches, wishes["loss"], fit.labels, damping)
-        return score(lab.analysis.normal.model.graph, lab.analysis.groups, criterion, seed=experiment.seed, data=data,
-                     aggregate=wishes["aggregate"], relative=wishes["normalize"] == "energy")  # fmt: skip
+        groups = lab.analysis.groups
+        own = partial(score, lab.analysis.normal.model.graph, groups, criterion, seed=experiment.seed, data=data,
+                      aggregate=wishes["aggregate"], relative=wishes["normalize"] == "energy")  # fmt: skip
+        return own() if wishes.get("scores") is None else resolved(wishes["scores"], groups).fill(groups, own)
     except Exception as error:  # runtimes, and criteria of others, raise anything; the other points go on
         return Failure(sentence_of(error))
 
