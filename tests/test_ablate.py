@@ -129,3 +129,40 @@ def test_command_line(tmp_path: Path) -> None:
     refused = CliRunner().invoke(app, [*call, "--metric", "accuracy"])
     assert refused.exit_code == 2
     assert "labels" in refused.output
+
+
+def test_the_heads_that_are_missed_most_stay(tmp_path: Path) -> None:
+    """The list names coordinates that, removed, are those heads; a plan that takes it keeps them."""
+    model = decoder(2)
+    found = ablate(*analysed(model))
+    heads = [s for s in found.scores if s.coordinates]
+    assert len(heads) == 2 * H
+    lines = found.protect(0.25)
+    most = sorted(heads, key=lambda s: -s.drop)[: round(0.25 * 2 * H)]
+    groups = spa.analyze(model).groups
+    plan = spa.plan(model, 0.5, multiple_of=1, units=["head"], protect=lines.splitlines())
+    for score in most:
+        for group, coordinate in score.coordinates:
+            assert groups.by_name[group].kind == "head"
+            assert coordinate == score.head
+            assert coordinate in plan.groups[group]["kept"]
+    assert spa.plan(model, 0.5, multiple_of=1, units=["head"], protect=found.protect(1e-9).splitlines()).groups
+    with pytest.raises(BadOption, match="--keep-top is 0"):
+        found.protect(0)
+    with pytest.raises(BadOption, match="take --unit heads"):
+        ablate(*analysed(model), unit="mlp").protect(0.2)
+
+
+def test_a_list_of_what_stays_on_the_command_line(tmp_path: Path) -> None:
+    onnx.save(decoder(2), tmp_path / "m.onnx")
+    np.savez(tmp_path / "data.npz", **{k: np.concatenate([b[k] for b in data()]) for k in data()[0]})
+    keep = tmp_path / "keep.txt"
+    args = ["ablate", tmp_path / "m.onnx", "-o", tmp_path / "s.csv", "--data", tmp_path / "data.npz", "--protect-out", keep]
+    done = CliRunner().invoke(app, [str(a) for a in args])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "keep.txt").read_text().startswith(f"# {round(0.2 * 2 * H)} coordinates")
+    wish = ["plan", tmp_path / "m.onnx", "-o", tmp_path / "p.json", "--ratio", "0.5", "--units", "head", "--protect", tmp_path / "keep.txt"]
+    assert CliRunner().invoke(app, [str(a) for a in wish]).exit_code == 0
+    refused = CliRunner().invoke(app, [str(a) for a in [*args, "--keep-top", "2"]])
+    assert refused.exit_code == 2
+    assert "--keep-top is 2" in refused.output

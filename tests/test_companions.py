@@ -169,8 +169,29 @@ def test_none_are_wanted(folders: tuple[Path, Path]) -> None:
 
 def test_beside_the_model_they_stay(folders: tuple[Path, Path]) -> None:
     model, _ = folders
-    assert prune(model, model.with_name("half.onnx")).exit_code == 0
+    made = prune(model, model.with_name("half.onnx"))
+    assert made.exit_code == 0
+    assert json.loads(made.stdout)["companions"] == {
+        "files": [],
+        "notes": ["not written: config.json and genai_config.json, as the result is in the model's own folder; write it to another."],
+    }
     assert json.loads((model.parent / CONFIG).read_text()) == HUGGING_FACE
+
+
+def test_layers_are_counted_anew(folders: tuple[Path, Path]) -> None:
+    model, output = folders
+    assert prune(model, output, "--drop-layers", "oo1,d1").exit_code == 0
+    assert written(output, CONFIG) == {**HUGGING_FACE, "num_hidden_layers": 1}
+    assert written(output, GENAI)["model"]["decoder"]["num_hidden_layers"] == 1
+
+
+def test_caches_that_a_runtime_would_miss_are_refused(folders: tuple[Path, Path]) -> None:
+    model, output = folders
+    refused(model.parents[1], "prune", model, "-o", output, "--no-bench", "--drop-layers", "oo0,d0",
+            says="numbers caches from 0 to 0, but the model without the dropped layers has no input 'past_0_k'")
+    (model.parent / GENAI).unlink()
+    assert prune(model, output, "--drop-layers", "oo0,d0").exit_code == 0
+    assert written(output, CONFIG)["num_hidden_layers"] == 1
 
 
 @pytest.mark.parametrize(("text", "says"), [("{", "read as JSON"), ("[]", "holds no JSON object"), ("\xff", "read as JSON")])
@@ -201,7 +222,8 @@ def test_folders_that_do_not_serve(folders: tuple[Path, Path]) -> None:
     with pytest.raises(BadOption, match="goes to the same folder"):
         find_companions(model, model.with_name("half.onnx"), str(model.parent))
     found = find_companions(model, model.with_name("half.onnx"))
-    assert found is None
+    assert found is not None
+    assert not found.names
     assert issubclass(BadFile, spa.SpaError)
     assert issubclass(UnsupportedModel, spa.SpaError)
 

@@ -13,6 +13,7 @@ import csv
 import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,10 @@ PARTS = 8  # that the network is cut into
 
 @dataclass(frozen=True)
 class Score:
-    """One unit. value: the metric without it; drop: how much worse that is than the dense network's; positive is worse."""
+    """One unit. value: the metric without it; drop: how much worse that is than the dense network's; positive is worse.
+
+    coordinates: (group, coordinate) that a head consists of, for lists of what stays; none for layers.
+    """
 
     unit: str
     layer: str
@@ -47,6 +51,7 @@ class Score:
     head: int | None
     value: float
     drop: float
+    coordinates: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,9 +75,28 @@ class Ablation:
                              f"{s.drop:.9g}"])  # fmt: skip
         return out.getvalue()
 
-    def save(self, path: str | Path) -> None:
-        """Writes the table, whole or not at all. Raises BadFile."""
-        write_files([(Path(path), [self.to_csv().encode()])])
+    def protect(self, top: float) -> str:
+        """Lines for `--protect` that keep this share of the heads, those that are missed most; a head may need others of its group.
+
+        Raises BadOption for a share that is none, and where units are no heads of groups.
+        """
+        if not 0 < top <= 1:
+            raise BadOption(f"--keep-top is {top:g}, but must be a share of the heads above 0, and 1 at most.")
+        heads = sorted((s for s in self.scores if s.coordinates), key=lambda s: -s.drop)
+        if not heads:
+            raise BadOption("--protect-out lists heads, by the groups that they are in: there are none of them here; take --unit heads.")
+        kept: dict[str, set[int]] = {}
+        for score in heads[: max(1, round(top * len(heads)))]:
+            for group, coordinate in score.coordinates:
+                kept.setdefault(group, set()).add(coordinate)
+        said = f"# {sum(map(len, kept.values()))} coordinates of the {max(1, round(top * len(heads)))} of {len(heads)} heads missed most"
+        lines = [f"{escape(group)}: {', '.join(map(str, sorted(found)))}" for group, found in kept.items()]
+        return "\n".join([f"{said} by {self.metric}, {self.mode}", *lines, ""])
+
+    def save(self, path: str | Path, protect: str | Path | None = None, top: float = 0.2) -> None:
+        """Writes the table, and the list of what stays if its name is given, whole or not at all. Raises BadFile, BadOption."""
+        listed = [] if protect is None else [(Path(protect), [self.protect(top).encode()])]
+        write_files([(Path(path), [self.to_csv().encode()]), *listed])
 
 
 def ablate(
@@ -91,7 +115,7 @@ def ablate(
     if not evidence.batches:
         raise BadOption("spa ablate looks at what units do to data: give some with --data.")
     data = evidence if samples is None else some_of(evidence, samples)
-    analysis = parted(analysis, stage=stage)
+    whole, analysis = analysis, parted(analysis, stage=stage)
     units, layers = _units(analysis, unit)
     batches = list(data.batches)
     with stage("measuring units"):
@@ -103,7 +127,7 @@ def ablate(
         scores = []
         for number, (gate, layer) in enumerate(zip(units, layers, strict=True)):
             value = measure(judged, trial.without((gate.name,)), dense, batches, chosen, data.labels)
-            scores.append(_score(gate, layer, value, judged, base))
+            scores.append(_score(gate, layer, value, judged, base, _coordinates(analysis, whole, gate)))
             if tell is not None:
                 tell(number + 1, len(units))
     return Ablation(tuple(scores), judged.name, mode, base, data.name)
@@ -115,9 +139,28 @@ def _output(network: Gated, output: str | None) -> str:
     return output or network.outputs[0]
 
 
-def _score(gate: Unit, layer: SubLayer, value: float, metric: Metric, base: float) -> Score:
+def _score(gate: Unit, layer: SubLayer, value: float, metric: Metric, base: float, found: tuple[tuple[str, int], ...]) -> Score:
     head = int(gate.name.rpartition(" ")[2]) if gate.positions is not None else None
-    return Score(gate.name, layer.name, layer.kind, layer.block, head, value, metric.drop(base, value))
+    return Score(gate.name, layer.name, layer.kind, layer.block, head, value, metric.drop(base, value), found)
+
+
+def _coordinates(analysis: Analysis, whole: Analysis, gate: Unit) -> tuple[tuple[str, int], ...]:
+    """Coordinates that all positions of a head hang on, by groups of the model as it is."""
+    if gate.positions is None or gate.axis is None:
+        return ()
+    groups = analysis.groups
+    labels = groups.labels.get((gate.value, gate.axis))
+    if labels is None:
+        return ()
+    rows = [set(labels[p].tolist()) - {0} for p in gate.positions]
+    of = groups.of_coordinate()
+    found = []
+    for number in sorted(set.intersection(*rows)):
+        group = groups.groups[int(of[number - 1])]
+        same = whole.groups.by_name.get(group.name)
+        if same is not None and same.frozen is None and same.size == group.size:
+            found.append((group.name, number - 1 - group.start))
+    return tuple(found)
 
 
 class _Trial:

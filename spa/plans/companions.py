@@ -45,11 +45,12 @@ _FIELDS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Companions:
-    """Files found beside a model: the two that are written anew, as read, and those that are copied."""
+    """Files found beside a model: the two that are written anew, as read, and those that are copied. note: why none are."""
 
     folder: Path
     read: Mapping[str, dict[str, Any]]
     copied: tuple[str, ...]
+    note: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -68,7 +69,7 @@ class Written:
 def find_companions(model: Path, output: Path, choice: str | None = None) -> Companions | None:
     """The companions that go with a result; None if there are none, or none are wanted.
 
-    choice: a folder, "none", or None for the model's own folder, from which nothing is taken if the result goes there too.
+    choice: a folder, "none", or None for the model's own folder, from which nothing is taken if the result goes there too; a note says so.
     Raises BadFile for one that is no JSON object, BadOption for a folder without any, or where a file of another model would be lost.
     """
     if choice == "none":
@@ -80,8 +81,11 @@ def find_companions(model: Path, output: Path, choice: str | None = None) -> Com
     same = os.path.realpath(folder) == os.path.realpath(output.parent)
     if same and choice is not None:
         raise BadOption(f"--companions {choice}: the result goes to the same folder, where {CONFIG} is the model's own; write to another.")
-    if same or not there & {CONFIG, GENAI}:
+    if not there & {CONFIG, GENAI}:
         return None
+    if same:
+        listed = " and ".join(n for n in (CONFIG, GENAI) if n in there)
+        return Companions(folder, {}, (), f"not written: {listed}, as the result is in the model's own folder; write it to another.")
     found = Companions(folder, {n: _read(folder / n) for n in (CONFIG, GENAI) if n in there}, tuple(n for n in COPIED if n in there))
     for name, content in found.read.items():
         target = output.parent / name
@@ -113,8 +117,8 @@ def rewritten(
 
     remap: gives a configuration its new ids, where ids went; tokenizers are not copied then, as they give old ids.
     """
-    if found is None:
-        return Written()
+    if found is None or found.note:
+        return Written(notes=() if found is None else (found.note,))
     numbers = numbers_of(analysis.dense.groups, analysis.groups, gone)
     files, notes = [], []
     for name, content in found.read.items():
