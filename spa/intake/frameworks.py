@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spa.errors import BadFile, BadOption
-from spa.intake.looks import Looks, all_of, any_of, archive, folder, read_json, scheme, script, settings, starts, suffix
+from spa.intake.looks import Looks, all_of, any_of, archive, document, folder, read_json, scheme, script, settings, starts, suffix
 
 TORCH = "pip install 'spa-prune[torch]'"
 _TORCH_PICKLE = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the number that torch's own pickles begin with
@@ -61,6 +61,9 @@ class Framework:
 _PICKLE = "it is a pickle, and loading a pickle runs whatever code lies in it"
 _OWN = "python -m venv converter && converter/bin/pip install"
 """For converters that need another onnx than spa's: their Python goes into the row's variable."""
+TENSORFLOW = "pip install 'spa-prune[tensorflow]'"
+_TENSORFLOW = ("tensorflow", "keras", "tf2onnx")
+_TFJS = ("modelTopology", "weightsManifest")
 _NOT_FOUND: Looks = lambda path: False  # noqa: E731  a row that is asked for by name alone
 
 FRAMEWORKS: tuple[Framework, ...] = (
@@ -82,6 +85,14 @@ FRAMEWORKS: tuple[Framework, ...] = (
               "SPA_JAX_PYTHON", live="flax"),
     Framework("paddle", "PaddlePaddle", any_of(suffix(".pdmodel", ".pdiparams"), folder("*.pdiparams")), "paddle_worker",
               ("paddle", "paddle2onnx"), f"{_OWN} paddlepaddle==3.3.1 paddle2onnx==2.1.0 packaging", "SPA_PADDLE_PYTHON"),
+    Framework("tensorflow", "TensorFlow", any_of(folder("saved_model.pb"), suffix(".pb")), "tensorflow_worker", _TENSORFLOW, TENSORFLOW,
+              "SPA_TENSORFLOW_PYTHON"),
+    Framework("keras", "Keras", any_of(suffix(".keras", ".h5", ".hdf5"), archive(r"model\.weights\.h5")), "keras_worker", _TENSORFLOW,
+              TENSORFLOW, "SPA_TENSORFLOW_PYTHON", live="keras"),
+    Framework("tflite", "TFLite", any_of(suffix(".tflite"), starts(b"TFL3", at=4)), "tflite_worker", _TENSORFLOW, TENSORFLOW,
+              "SPA_TENSORFLOW_PYTHON"),
+    Framework("tfjs", "TensorFlow.js", any_of(document(*_TFJS), settings(*_TFJS, name="model.json")), "tfjs_worker", _TENSORFLOW,
+              TENSORFLOW, "SPA_TENSORFLOW_PYTHON"),
     Framework("skops", "scikit-learn", suffix(".skops"), "sklearn_worker", ("sklearn", "skl2onnx", "skops"),
               "pip install 'spa-prune[sklearn]'", "SPA_SKLEARN_PYTHON"),
     Framework("sklearn", "scikit-learn", suffix(".joblib", ".pkl", ".pickle"), "sklearn_worker", ("sklearn", "skl2onnx"),
@@ -94,7 +105,8 @@ FRAMEWORKS: tuple[Framework, ...] = (
 )  # fmt: skip
 
 SUFFIXES = ".pt2, TorchScript, PyTorch checkpoints, .safetensors, Hugging Face folders, timm:NAME, file.py:factory of torch or JAX, " \
-    "PaddlePaddle inference folders, .skops and trusted .joblib, OpenVINO's .xml"
+    "TensorFlow SavedModels and frozen .pb, .keras, .h5, .tflite, TensorFlow.js' model.json, PaddlePaddle inference folders, .skops and " \
+    "trusted .joblib, OpenVINO's .xml"
 """What a sentence lists."""
 
 

@@ -23,11 +23,11 @@ def scheme(name: str) -> Looks:
     return lambda path: str(path).startswith(f"{name}:")
 
 
-def starts(*heads: bytes) -> Looks:
-    """A file whose first bytes are one of these."""
+def starts(*heads: bytes, at: int = 0) -> Looks:
+    """A file whose first bytes are one of these; or the bytes from another place on."""
 
     def looks(path: Path) -> bool:
-        return path.is_file() and _head(path, max(map(len, heads))).startswith(heads)
+        return path.is_file() and _head(path, at + max(map(len, heads)))[at:].startswith(heads)
 
     return looks
 
@@ -64,6 +64,16 @@ def settings(*keys: str, name: str = "config.json") -> Looks:
 
     def looks(path: Path) -> bool:
         found = read_json(path / name) if path.is_dir() else None
+        return isinstance(found, dict) and all(key in found for key in keys)
+
+    return looks
+
+
+def document(*keys: str) -> Looks:
+    """A JSON file that has all of these keys."""
+
+    def looks(path: Path) -> bool:
+        found = read_json(path) if path.suffix == ".json" and path.is_file() else None
         return isinstance(found, dict) and all(key in found for key in keys)
 
     return looks
