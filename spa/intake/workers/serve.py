@@ -106,8 +106,10 @@ def main() -> None:
     worker = None
     for line in sys.stdin:
         try:
-            worker = worker or loaded(sys.argv[1])
-            said = answer(worker, json.loads(line))
+            asked = json.loads(line)
+            if asked["do"] != "missing":
+                worker = worker or loaded(sys.argv[1])
+            said = answer(worker, asked)
         except BaseException as error:  # foreign code: whatever it raises is the answer
             traceback.print_exc()
             said = failure(error)
