@@ -35,6 +35,7 @@ from spa.graph.groups import why_nothing
 from spa.graph.state import feeds_for
 from spa.layers.depth import Depth, without_layers
 from spa.layers.depth_budget import budget_left
+from spa.layers.replace_me import refitted
 from spa.plans.choose import Options, choose, find_space
 from spa.plans.companions import Companions, Remap, Written, rewritten
 from spa.plans.cutting import cut
@@ -266,6 +267,7 @@ def apply(
     """
     decided = load_plan(plan if isinstance(plan, Plan | Mapping) else Path(plan))
     analysis = model if isinstance(model, Analysis) else analyzed_for(model, decided, other_weights=other_weights, stage=stage)
+    analysis, calibration = refitted(analysis, calibration, seed=seed, stage=stage)
     gone = mask_of(decided, analysis.groups)
     before, after = count(analysis.dense.groups), count(analysis.groups, gone)
     made = cut(analysis, gone, repair=repair, calibration=calibration, seed=seed, stage=stage)

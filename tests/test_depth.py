@@ -320,6 +320,9 @@ def test_replace_me_folds_the_ridge_map() -> None:
     assert any("maps" in edit for edit in result.plan.trace["edits"])
     bare = spa.apply(model, result.plan)
     assert "left out" in bare.analysis.left_out[0]
+    again = spa.apply(model, result.plan, calibration=calibration)
+    assert not again.analysis.left_out
+    assert spa.storage.store.to_bytes(again.model) == spa.storage.store.to_bytes(result.model)
 
 
 # ---------------------------------------------------------------------- modes, refusals, the command line

@@ -116,3 +116,19 @@ def test_searches_and_ablation_see_fused_layers() -> None:
     assert np.isfinite(run(small.edited, feeds[0])["logits"]).all()
     heads, others = (ablate(a, e, metric="error").scores for a, e in ((analysis, evidence), (plain, same)))
     assert [s.drop for s in heads] == pytest.approx([s.drop for s in others], rel=1e-2)
+
+
+@pytest.mark.parametrize("method", ["finercut", "replaceme"])
+def test_layers_then_neurons_then_scales_and_again_from_the_plan(method: str) -> None:
+    """COMP's stages in one call; the plan does it again, all that was fitted to the data fitted anew."""
+    model = llama(cache=False)
+    analysis = spa.analyze(model)
+    feeds = [runnable(analysis.normal.model, analysis.groups.traced, seed=k) for k in range(3)]
+    how = {"calibration": feeds, "repair": "affine"}
+    result = spa.prune(model, 0.25, multiple_of=1, units=["neuron"], drop_layers=Depth(1, method, "block"), **how)
+    assert result.repaired is not None
+    assert {e["size"] for e in result.plan.groups.values()} == {96}
+    assert len(result.plan.groups) == 2
+    again = spa.apply(model, result.plan, **how)
+    assert again.check is not None
+    assert spa.storage.store.to_bytes(again.model) == spa.storage.store.to_bytes(result.model)

@@ -147,3 +147,28 @@ def test_options_that_make_no_sense() -> None:
         spa.prune(separate(), qk_rank=4)
     plain = net("float[2,4] x -> float[2,5] y", "h = MatMul(x, w1) r = Relu(h) y = MatMul(r, w2)", w1=(4, 8), w2=(8, 5))
     assert "has no product of queries" in why(plain, drop_key_bias=True)
+
+
+HELD = {
+    "Attention": (23, "q = MatMul(x, wq) k = MatMul(x, wk) v = MatMul(x, wv) "
+                      "o = Attention<q_num_heads=4, kv_num_heads=2>(q, k, v) y = MatMul(o, wo)",
+                  {"wq": (16, 24), "wk": (16, 12), "wv": (16, 12)}),
+    "MultiHeadAttention": (17, "q = MatMul(x, wq) k = MatMul(x, wk) v = MatMul(x, wv) "
+                               "o = com.microsoft.MultiHeadAttention<num_heads=4>(q, k, v, b) y = MatMul(o, wo)",
+                           {"wq": (16, 24), "wk": (16, 24), "wv": (16, 24), "b": (72,)}),
+    "com.microsoft.Attention": (17, "o = com.microsoft.Attention<num_heads=4>(x, w, b) y = MatMul(o, wo)", {"w": (16, 72), "b": (72,)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", HELD)
+def test_what_one_operator_holds_is_left_alone_with_the_cause(op: str) -> None:
+    opset, body, weights = HELD[op]
+    model = net("float[2,7,16] x -> float[2,7,16] y", body, opset, wo=(24, 16), **weights)
+    says = f"one operator holds the whole attention ({op.rpartition('.')[2]} o); export it as single operators"
+    with pytest.raises(NothingToPrune) as caught:
+        spa.rewritten(model, drop_key_bias=True, fold_value_bias=True, singular_basis=True)
+    assert says in str(caught.value)
+    for ranks in ({"qk_rank": 2}, {"vo_rank": 0.5}):
+        with pytest.raises((BadOption, NothingToPrune)) as refused:
+            spa.prune(model, **ranks)
+        assert says in str(refused.value)

@@ -99,7 +99,8 @@ def apply(
     decided = load_plan(plan_file)
     opened = opened_model(term, model, written)
     analysis = api.analyzed_for(opened, decided, other_weights=other_weights, stage=term.stage)
-    evidence = evidence_of(term, analysis, calibration, preprocess, tokenizer, samples, batch, length, labels, seed)
+    fits = analysis.dense if analysis.left_out else analysis  # what is fitted anew is fitted to the model as given
+    evidence = evidence_of(term, fits, calibration, preprocess, tokenizer, samples, batch, length, labels, seed)
     result = api.apply(analysis, decided, check=not no_check, seed=seed, tolerance=tolerance, feeds=reading.read_feeds(feeds, opened),
                        repair=mending, calibration=evidence, stage=term.stage)
     written_beside = vocabulary.companions(result, found, model, output)

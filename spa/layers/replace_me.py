@@ -11,22 +11,29 @@ operator is added. The run is the one with the least mean cosine distance of X_i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from spa.errors import BadOption
+from spa.graph.analysis import Analysis, analyze, evidence_for, moved
+from spa.graph.parting import parted
 from spa.graph.trace import NodeTrace, Traced, node_name
-from spa.layers.gates import Observer, channel_axis
+from spa.layers.gates import Observer, channel_axis, rows
 from spa.plans.edits import Edit
+from spa.proof.feeds import Feeds
 from spa.signatures.arithmetic import REINTERPRETS
 from spa.signatures.table import Dim, dims_of
+from spa.stages import Stage, quiet
 
 if TYPE_CHECKING:
     from spa.layers.depth import Candidate, Search
 
+APART = ("part_sums", "drop_branches")  # edits by which layers go, from the first of which on values are not those that were fitted to
 RIDGE = 1e-4  # α over the mean of the diagonal of A1ᵀA1
 Array = NDArray[np.float64]
 
@@ -41,8 +48,9 @@ def replaced(search: Search) -> tuple[list[Candidate], dict[str, float], tuple[E
     best = min(starts, key=lambda i: scores[blocks[i].name])
     before = blocks[best - 1]
     maps = output_maps(search.analysis.groups.traced, before.layers[-1].branch)
-    matrix = fitted(search, before.layers[-1].branch, before.after, blocks[best + n - 1].after)
-    fold = Edit("mix_outputs", {"maps": {node: {str(i): a for i, a in inputs.items()} for node, inputs in maps.items()}},
+    fit = {"branch": before.layers[-1].branch, "before": before.after, "after": blocks[best + n - 1].after}
+    matrix = fitted(search.analysis, search.inputs(), **fit)
+    fold = Edit("mix_outputs", {"maps": {node: {str(i): a for i, a in inputs.items()} for node, inputs in maps.items()}, "fit": fit},
                 {"matrix": matrix})  # fmt: skip
     return list(blocks[best : best + n]), scores, (fold,)
 
@@ -69,19 +77,39 @@ def distances(search: Search, starts: list[int]) -> dict[str, float]:
     return {name: total / max(count, 1) for name, total in sums.items()}
 
 
-def fitted(search: Search, branch: str, before: str, after: str, *, ridge: float = RIDGE) -> Array:
+def fitted(analysis: Analysis, inputs: Sequence[Feeds], *, branch: str, before: str, after: str) -> Array:
     """T (channels, channels) from M = branch, X_i = before and X_{i+n} = after."""
-    network = Observer(search.analysis.normal.model, [branch, before, after])
+    network = Observer(analysis.normal.model, [branch, before, after])
+    axes = [channel_axis(analysis.groups.traced, v) for v in (branch, before, after)]
     gram: Array | None = None
     cross: Array | None = None
-    for feeds in search.inputs():
+    for feeds in inputs:
         found = network.run(feeds)
-        m, x, y = (search.rows(found, v) for v in (branch, before, after))
+        m, x, y = (rows(found[v], axis) for v, axis in zip((branch, before, after), axes, strict=True))
         gram = m.T @ m + (0 if gram is None else gram)
         cross = m.T @ (y + m - x) + (0 if cross is None else cross)
     assert gram is not None
     assert cross is not None
-    return np.asarray(np.linalg.solve(gram + ridge * np.trace(gram) / len(gram) * np.eye(len(gram)), cross))
+    return np.asarray(np.linalg.solve(gram + RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram)), cross))
+
+
+def refitted(analysis: Analysis, calibration: Any, *, seed: int = 0, stage: Stage = quiet) -> tuple[Analysis, Any]:
+    """A model with the maps that its edits left out, fitted to data of the model as given, and the data as they are used on it.
+
+    What has nothing to fit, or no data, comes back as it is.
+    """
+    open_ = [e for e in analysis.edits if e.kind == "mix_outputs" and not e.arrays and "fit" in e.arguments]
+    evidence = evidence_for(analysis.dense, calibration, seed=seed, stage=stage) if open_ else None
+    if evidence is None or not evidence.batches:
+        return analysis, calibration
+    before = tuple(takewhile(lambda e: e.kind not in APART, analysis.edits))
+    dense = parted(analyze(analysis.given, **{**analysis.settings, "edits": before}, stage=stage), stage=stage)
+    inputs = [{k: v for k, v in b.items() if k != evidence.labels} for b in evidence.batches]
+    with stage("fitting linear maps"):
+        made = {id(e): replace(e, arrays={"matrix": fitted(dense, inputs, **e.arguments["fit"])}) for e in open_}
+    edits = tuple(made.get(id(e), e) for e in analysis.edits)
+    small = analyze(analysis.given, **{**analysis.settings, "edits": edits}, stage=stage)
+    return small, moved(evidence, small)
 
 
 def output_maps(traced: Traced, value: str) -> Mapping[str, Mapping[int, int]]:

@@ -32,19 +32,20 @@ class Kind:
 
     other: a pass of the same arguments that leads to the same outputs in another way, as zeros do where branches go; for proofs. None
     where `change` keeps the function or is its own definition. arrays: arguments that are fitted to data and no part of a plan. words: what
-    such an edit does, for the note that it was left out.
+    such an edit does, for the note that it was left out. told: arguments that say what arrays are fitted to, which the pass does not take.
     """
 
     change: Callable[..., int]
     other: Callable[..., int] | None = None
     arrays: tuple[str, ...] = ()
     words: str = ""
+    told: tuple[str, ...] = ()
 
 
 KINDS: dict[str, Kind] = {
     "drop_branches": Kind(drop_branches, zero_branches),
     "part_sums": Kind(part_sums),
-    "mix_outputs": Kind(mix_outputs, arrays=("matrix",), words="The linear map that stands in for the dropped layers"),
+    "mix_outputs": Kind(mix_outputs, arrays=("matrix",), told=("fit",), words="The linear map that stands in for the dropped layers"),
 }
 
 
@@ -82,11 +83,16 @@ def read_edits(records: Any, label: str = "The list of edits") -> tuple[Edit, ..
             raise BadPlan(f"{label} has an edit of the kind {edit.kind!r}, which this spa does not know; it knows {known}.")
         kind = KINDS[edit.kind]
         try:
-            inspect.signature(kind.change).bind(None, **edit.arguments, **dict.fromkeys(kind.arrays))
+            inspect.signature(kind.change).bind(None, **_passed(edit), **dict.fromkeys(kind.arrays))
         except TypeError as error:
             raise BadPlan(f"{label} has an edit, number {number} ({edit.kind}), with wrong arguments: {error}.") from error
         found.append(edit)
     return tuple(found)
+
+
+def _passed(edit: Edit) -> dict[str, Any]:
+    """Arguments that the pass takes."""
+    return {k: v for k, v in edit.arguments.items() if k not in KINDS[edit.kind].told}
 
 
 def _edit(record: Any, number: int, label: str) -> Edit:
@@ -107,11 +113,12 @@ def edited(model: Model, edits: Sequence[Edit], *, otherwise: bool = False) -> E
     for number, edit in enumerate(edits, 1):
         kind = KINDS[edit.kind]
         if not all(name in edit.arrays for name in kind.arrays):
-            left_out.append(f"{kind.words or edit.kind} was left out: it is fitted to data, which a plan does not hold.")
+            anew = "; --calibration fits it anew" if any(name in edit.arguments for name in kind.told) else ""
+            left_out.append(f"{kind.words or edit.kind} was left out: it is fitted to data, which a plan does not hold{anew}.")
             continue
         try:
             change = kind.other if otherwise and kind.other is not None else kind.change
-            change(graph, **edit.arguments, **edit.arrays)
+            change(graph, **_passed(edit), **edit.arrays)
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             reason = str(error.args[0]) if error.args else type(error).__name__
             raise BadPlan(f"Edit {number} ({edit.kind}) does not fit the model: {reason}.") from error
