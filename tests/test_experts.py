@@ -59,6 +59,17 @@ def test_reap_is_the_mean_weighted_norm_of_an_experts_output(form: str) -> None:
     np.testing.assert_allclose(found.values[group.coordinates], expected(model, scaled=scaled), rtol=1e-4)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_models_that_run_in_pieces_are_seen_too(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, scaled = FORMS[form]
+    monkeypatch.setattr("spa.proof.pieces.WHOLE", 0)
+    monkeypatch.setattr("spa.proof.pieces.PIECE", 256)
+    model = make()
+    analysis, found = looked(model)
+    group = next(g for g in analysis.groups.free() if g.kind == "expert")
+    np.testing.assert_allclose(found.values[group.coordinates], expected(model, scaled=scaled), rtol=1e-4)
+
+
 def test_reap_of_all_experts_on_all_tokens() -> None:
     """No router: every expert sees every token, with weight one."""
     body = "u = Unsqueeze(x, zero) h = MatMul(u, w1) r = Relu(h) d = MatMul(r, w2) y = ReduceSum<keepdims=0>(d, zero)"
