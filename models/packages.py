@@ -141,9 +141,25 @@ def silero_vad() -> list[Path]:
     return fetch("silero-vad", "6.2.3", "silero_vad/data/*.onnx")
 
 
+def silero_vad_script() -> Path:
+    """The same detector as it was written: TorchScript."""
+    return fetch("silero-vad", "6.2.3", "silero_vad/data/silero_vad.jit")[0]
+
+
 def basic_pitch() -> Path:
     """Music transcription CNN from TensorFlow, opset 15; float32 (n, 43844, 1) -> notes, onsets, contours."""
     return fetch("basic-pitch", "0.4.0", "basic_pitch/saved_models/icassp_2022/nmp.onnx")[0]
+
+
+def basic_pitch_tflite() -> Path:
+    """The same network as TFLite, float32."""
+    return fetch("basic-pitch", "0.4.0", "basic_pitch/saved_models/icassp_2022/nmp.tflite")[0]
+
+
+def basic_pitch_saved_model() -> Path:
+    """The same network as a folder of TensorFlow."""
+    files = fetch("basic-pitch", "0.4.0", "basic_pitch/saved_models/icassp_2022/nmp/*")
+    return next(p.parent for p in files if p.name == "saved_model.pb")
 
 
 def light_models() -> list[Path]:

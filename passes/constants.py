@@ -62,22 +62,22 @@ def _inner_names(graph: gs.Graph) -> set[str]:
     return names
 
 
-def unshare_constants(graph: gs.Graph, most: int) -> dict[str, str]:
+def unshare_constants(graph: gs.Graph, most: int, larger: Set[str] = frozenset()) -> dict[str, str]:
     """Gives every further reader of a shared constant a copy of its own.
 
     before -> after: bias b read by two layers -> b and b/copy1. Exporters merge equal tensors, so that layers that have
-    nothing to do with each other seem to be tied. Constants of more than `most` elements are left alone: those are tied on
-    purpose, and copying them would make the file larger. Returns {copy: original}.
+    nothing to do with each other seem to be tied. Constants of more than `most` elements are left alone, but for those in
+    `larger`: they are tied on purpose, and copying them would make the file larger. Returns {copy: original}.
     """
     inner = _inner_names(graph)
     taken = set(graph.tensors())
     copies: dict[str, str] = {}
     seen: set[str] = set()
-    stand_in = _constant_nodes(graph, most)
+    stand_in = _constant_nodes(graph, most, larger)
     for node in graph.nodes:
         for i, tensor in enumerate(node.inputs):
             source = stand_in.get(tensor.name, tensor)
-            if not isinstance(source, gs.Constant) or tensor.name in inner or int(np.prod(source.shape)) > most:
+            if not isinstance(source, gs.Constant) or tensor.name in inner or not _fits(source, most, larger):
                 continue
             if tensor.name not in seen:
                 seen.add(tensor.name)
@@ -88,7 +88,11 @@ def unshare_constants(graph: gs.Graph, most: int) -> dict[str, str]:
     return copies
 
 
-def _constant_nodes(graph: gs.Graph, most: int) -> dict[str, gs.Constant]:
+def _fits(constant: gs.Constant, most: int, larger: Set[str]) -> bool:
+    return int(np.prod(constant.shape)) <= most or constant.name in larger
+
+
+def _constant_nodes(graph: gs.Graph, most: int, larger: Set[str]) -> dict[str, gs.Constant]:
     """Values of Constant nodes, and of Identity of a constant, by output name."""
     found: dict[str, gs.Constant] = {}
     for node in graph.nodes:
@@ -97,7 +101,7 @@ def _constant_nodes(graph: gs.Graph, most: int) -> dict[str, gs.Constant]:
         elif node.op == "Identity" and not node.domain and node.inputs and node.outputs:
             source = node.inputs[0]
             held = source if isinstance(source, gs.Constant) else found.get(source.name)
-            if held is not None and int(np.prod(held.shape)) <= most:
+            if held is not None and _fits(held, most, larger):
                 found[node.outputs[0].name] = held
     return found
 

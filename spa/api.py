@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from onnx import ModelProto
 
 from spa import criteria
 from spa.budgets.budget import Budget, budget_of, check_limits, with_data
@@ -30,89 +27,25 @@ from spa.exact.ranks import joined
 from spa.exact.rewriting import prove_bases, with_bases
 from spa.exact.scales import with_scales
 from spa.graph.analysis import Analysis, Source, analyze, analyzed_for, evidence_for, moved, opened
-from spa.graph.count import Counts, count
+from spa.graph.count import count
 from spa.graph.groups import why_nothing
 from spa.graph.state import feeds_for
-from spa.layers.depth import Depth, without_layers
-from spa.layers.depth_budget import budget_left
+from spa.layers.depth import BALANCE, Depth, without_layers
+from spa.layers.depth_budget import balanced, budget_left
 from spa.layers.replace_me import refitted
 from spa.plans.choose import Options, choose, find_space
-from spa.plans.companions import Companions, Remap, Written, rewritten
 from spa.plans.cutting import cut
 from spa.plans.edits import Edit
 from spa.plans.plan import Plan, load_plan, make_plan, mask_of
 from spa.plans.protect import parsed
+from spa.plans.result import Result
 from spa.proof import check as checking
-from spa.proof.check import Check
 from spa.proof.feeds import Feeds
 from spa.proof.prove import both, check_shapes, failure, inputs_for, prove, prove_edits, runnable
-from spa.repairs.repair import Repaired, RepairOptions
+from spa.repairs.repair import RepairOptions
 from spa.repairs.solve import DAMPING
 from spa.stages import Stage, collector_paused, quiet
-from spa.storage.files import Pieces
-from spa.storage.store import Model, save, to_proto
-from spa.vocabularies.vocabulary import Ids, ids_of, map_name
-
-
-@dataclass(frozen=True)
-class Result:
-    """A pruned model: the plan, the counts before and after, and the proof (None if it was not asked for).
-
-    repaired: what repair did, None without one; it holds the repaired weights before the deletion. ids: what is left of the vocabulary,
-    None if nothing of it went.
-    """
-
-    model: Model
-    plan: Plan
-    analysis: Analysis
-    before: Counts
-    after: Counts
-    check: Check | None
-    repaired: Repaired | None = None
-    ids: Ids | None = None
-
-    def save(
-        self, path: str | os.PathLike[str], *, plan: str | os.PathLike[str] | None = None, beside: Sequence[tuple[Path, Pieces]] = ()
-    ) -> None:
-        """Writes the model, and the plan if a path is given, and the map of ids if any went; whole or not at all."""
-        files: list[tuple[Path, Pieces]] = [] if plan is None else [(Path(plan), [self.plan.to_json().encode()])]
-        if self.ids is not None:
-            files.append((map_name(Path(path)), [(json.dumps(self.ids.data(), separators=(",", ":")) + "\n").encode()]))
-        save(self.model, path, beside=[*files, *beside])
-
-    def companions(
-        self, found: Companions | None, model: Path, output: Path, *, remap: Remap | None = None
-    ) -> Written:
-        """The files beside a language model as they belong beside the pruned one (`spa.plans.companions`), for `save`'s `beside`.
-
-        model, output: the model's own file, and where this one goes. remap: gives a configuration its new ids, where ids went.
-        Raises UnsupportedModel where a runtime could not use them.
-        """
-        return rewritten(found, self.analysis, self.gone, model, output, remap=remap)
-
-    @property
-    def gone(self) -> NDArray[np.bool_]:
-        """The mask of what went, over all coordinates of the analysis."""
-        fits = self.repaired is not None and len(self.repaired.gone) == self.analysis.groups.total
-        return self.repaired.gone if fits and self.repaired is not None else mask_of(self.plan, self.analysis.groups)
-
-    def save_repaired(self, path: str | os.PathLike[str], *, plan: str | os.PathLike[str] | None = None) -> None:
-        """Writes the model with repaired weights but nothing removed yet, and a plan that removes the same from it.
-
-        Raises BadOption if nothing was repaired.
-        """
-        if self.repaired is None:
-            raise BadOption("Nothing was repaired, so there is no repaired model to write: ask for a repair with --repair obspa.")
-        save(self.analysis.normal.model, path)
-        if plan is not None:
-            again = analyze(path, **self.analysis.options)
-            gone = mask_of(self.plan, again.groups)
-            options, notes, copies = self.plan.options, self.plan.notes, again.normal.copies
-            make_plan(again.given, again.groups, gone, copies=copies, options=options, trace=again.settings, notes=notes).save(Path(plan))
-
-    def to_proto(self) -> ModelProto:
-        """The pruned model as a ModelProto."""
-        return to_proto(self.model)
+from spa.vocabularies.vocabulary import ids_of
 
 
 @collector_paused()
@@ -245,6 +178,25 @@ def layers_alone(analysis: Analysis, seed: int) -> Plan:
                      trace=analysis.settings, notes={})  # fmt: skip
 
 
+def planned(
+    analysis: Analysis, wishes: Mapping[str, Any], *, ratio: float | None, budget: Budget, evidence: Evidence | None, depth: Depth | None,
+    seed: int = 0, stage: Stage = quiet,
+) -> tuple[Analysis, Plan]:  # fmt: skip
+    """Decides what goes of what was read already, layers first, and gives the model without these layers too. wishes: as `carried_out`."""
+    if depth is not None and depth.drop == BALANCE:
+        depth = balanced(analysis, depth, budget)
+    if depth is None:
+        return analysis, plan(analysis, ratio, calibration=evidence, target=budget, seed=seed, stage=stage, **wishes)
+    small, data, dropped = without_layers(analysis, depth, evidence, seed=seed, stage=stage)
+    left = budget_left(small, budget)
+    if left is None or (ratio is None and not left.asks and not wishes.get("ranks", NO_RANKS).any):
+        made = layers_alone(small, seed)
+    else:
+        left = replace(left, evaluate=moved(left.evaluate, small))
+        made = plan(small, ratio, calibration=data, target=left, seed=seed, stage=stage, **wishes)
+    return small, replace(made, options={**made.options, "depth": dropped.record})
+
+
 @collector_paused()
 def apply(
     model: Source | Analysis,
@@ -273,11 +225,12 @@ def apply(
     made = cut(analysis, gone, repair=repair, calibration=calibration, seed=seed, stage=stage)
     analysis, gone, small = made.analysis, made.gone, made.model
     groups = analysis.groups
-    proof = None
+    proof, ids = None, ids_of(groups, gone)
     if check:
         given = feeds
         if analysis.edits and feeds is None:  # the model as given may have inputs that the edited one lacks
-            given = inputs_for(analysis.dense.normal.model, analysis.dense.groups.traced, seed=seed)
+            drawn = inputs_for(analysis.dense.normal.model, analysis.dense.groups.traced, seed=seed)
+            given = drawn if ids is None else ids.drawn(drawn)
         proof = prove(analysis.normal.model, groups, gone, small, feeds=given, seed=seed, tolerance=tolerance, stage=stage)
         if analysis.edits and given is not None:
             types = analysis.dense.groups.traced.facts.types
@@ -287,7 +240,7 @@ def apply(
             raise CheckFailed(failure(proof))
     else:
         check_shapes(groups, gone, small)
-    return Result(small, decided, analysis, before, after, proof, made.repaired, ids_of(groups, gone))
+    return Result(small, decided, analysis, before, after, proof, made.repaired, ids)
 
 
 @collector_paused()
@@ -358,6 +311,8 @@ def carried_out(
         raise BadOption(f"--steps is {steps}, but must be 1 or more.")
     ranks: Ranks = wishes.get("ranks", NO_RANKS)
     ranks.check_alone(budget.asks or budget.judges or steps > 1)
+    if depth is not None and depth.drop == BALANCE:
+        depth = balanced(analysis, depth, budget)
     if depth is not None:
         small, data, dropped = without_layers(analysis, depth, evidence, seed=seed, stage=stage)
         how: dict[str, Any] = {"check": check, "seed": seed, "feeds": feeds, "tolerance": tolerance, "stage": stage}
@@ -398,5 +353,5 @@ def carried_out(
 
 __all__ = [
     "Analysis", "Budget", "Result", "analyze", "analyzed_for", "apply", "budget_of", "carried_out", "check_limits", "evidence_for",
-    "opened", "plan", "prove", "prune", "runnable", "with_data",
+    "opened", "plan", "planned", "prove", "prune", "runnable", "with_data",
 ]  # fmt: skip

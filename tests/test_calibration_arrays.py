@@ -293,3 +293,13 @@ def test_noise_of_a_fixed_batch_and_of_ids() -> None:
     assert batch["input_ids"].shape == (32, 20)
     assert (batch["input_ids"].min(), batch["input_ids"].max()) == (0, 49)
     assert read(None, ids(), samples=3)[0]["input_ids"].shape == (3, 16)
+
+
+def test_large_activations_make_small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    text, data = ids("int64[n,s] input_ids"), np.ones((12, 16), np.int64)
+    monkeypatch.setattr("spa.data.batches.BATCH_BYTES", 3 * 16 * 4 * 4)  # three rows of 16 positions, four float32 each
+    assert sizes(read(data, text), "input_ids") == [3] * 4
+    assert sizes(read(data, text, batch=2), "input_ids") == [2] * 6
+    assert sizes(read(data[:, :8], text), "input_ids") == [6, 6]
+    monkeypatch.setattr("spa.data.batches.BATCH_BYTES", 1)
+    assert sizes(read(data[:2], text), "input_ids") == [1, 1]

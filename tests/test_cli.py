@@ -190,6 +190,12 @@ def test_inspect_json_names_groups_sites_and_causes(made):
     assert {c["cause"] for c in data["frozen"]} >= {"is a kernel's extent", "is an input of the graph"}
 
 
+def test_inspect_reads_no_more_than_it_shows(made, monkeypatch):
+    """The hash of a large file takes a minute; only JSON has it."""
+    monkeypatch.setattr("spa.storage.origin.Origin._hashed", lambda self: pytest.fail("hashed"))
+    assert run("inspect", made / "m.onnx").exit_code == 0
+
+
 def test_inspect_one_group(made):
     assert "w1:0: 32 channels, kind: channel\n  may shrink\n" in run("inspect", made / "m.onnx", "--group", "w1:0").stdout
     data = json.loads(run("inspect", made / "m.onnx", "--group", "w?:0", "--json").stdout)

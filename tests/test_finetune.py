@@ -127,6 +127,15 @@ def test_a_training_goes_on_where_it_was(folder: Path) -> None:
         trained(checkpoint="c.pt")
 
 
+def test_a_checkpoint_of_another_model_is_refused_and_left_as_it_is(folder: Path) -> None:
+    words = ("--data", "d.npz", "--labels", "labels", "--epochs", "1", "--checkpoint", "c.pt")
+    assert run("finetune", "small.onnx", "-o", "t.onnx", *words).exit_code == 0
+    kept = Path("c.pt").read_bytes()
+    refused(folder, "finetune", "m.onnx", "-o", "o.onnx", *words, says="--checkpoint c.pt is of another model")
+    assert Path("c.pt").read_bytes() == kept
+    assert not Path("o.onnx").exists()
+
+
 def test_a_loss_that_is_no_number_stops_and_keeps_the_best(folder: Path) -> None:
     found = trained(how={"rate": 1e30})
     assert "the loss became nan in epoch 1: the best model before it was kept" in found.stopped

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from typing import Any
 
 import numpy as np
@@ -11,10 +10,13 @@ import pytest
 from criteria_cases import attention, every_row, mlp  # noqa: F401
 from repair_cases import drawn, outputs_of, weights_of
 from test_choose import chain
+from test_depth import D as WIDTH
+from test_depth import data, decoder
 from test_trace import groups_of, net
 
 import spa
 from spa.budgets.adaptive import adaptive
+from spa.budgets.budget import Budget
 from spa.criteria.score import Scores
 from spa.criteria.views import Data
 from spa.errors import BadOption
@@ -72,6 +74,20 @@ def test_amp_projects_heads_and_takes_the_l1_norm() -> None:
     np.testing.assert_allclose(scores(model, "amp", BATCHES)["wq:1#2"], expected, rtol=1e-5)
 
 
+def test_amp_gives_to_neurons_what_heads_leave_by_rounding() -> None:
+    model, neuron = decoder(2), 2 * WIDTH  # parameters of a neuron; there are three heads a layer, so that a share of them is seldom met
+    for left in (0.9, 0.8, 0.7, 0.6):
+        result = spa.prune(model, target=Budget((f"params={left}",), "uniform"), criterion="amp", units=["head", "neuron"], multiple_of=1,
+                           calibration=data())  # fmt: skip
+        kinds = [g.kind for g in result.analysis.groups.free() if g.name in result.plan.groups]
+        assert "neuron" in kinds
+        limit = left * result.before.parameters
+        assert limit - neuron < result.after.parameters <= limit
+        for kind in ("head", "neuron"):
+            widths = [len(e["kept"]) for n, e in result.plan.groups.items() if result.analysis.groups.by_name[n].kind == kind]
+            assert not widths or max(widths) - min(widths) <= 1  # alike in all layers
+
+
 def test_loraprune_is_the_weight_times_what_adapters_see_of_the_gradient() -> None:
     torch = pytest.importorskip("torch")
     model = mlp()
@@ -86,10 +102,24 @@ def test_loraprune_is_the_weight_times_what_adapters_see_of_the_gradient() -> No
         if gradient is None:  # the entropy does not see the second output
             continue
         w, g = (v.detach().numpy().astype(np.float64) for v in (parameters[name], gradient))
-        a = np.random.default_rng(zlib.crc32(name.encode())).standard_normal((8, w.shape[1])) / np.sqrt(8)
-        summed = np.abs(w * (g @ a.T @ a)).sum(1 - axis)
+        a = np.random.default_rng(w.shape[0]).standard_normal((8, w.shape[0])) / np.sqrt(8)  # weights are (inputs, outputs) here
+        summed = np.abs(w * (g.T @ a.T @ a).T).sum(1 - axis)
         expected += summed / np.linalg.norm(summed)
     np.testing.assert_allclose(scores(model, "loraprune", [batch], loss="entropy")["w1:1"], expected, rtol=1e-3)
+
+
+def test_loraprune_of_weights_stored_the_other_way_round() -> None:
+    """And under other names, and behind a transpose: adapters lie between inputs and outputs, not between axes of a file."""
+    pytest.importorskip("torch", reason="gradients run in torch")
+    w, v = drawn((6, 10), 1), drawn((10, 4), 2)
+    kept = net("float[9,6] x -> float[9,4] y", "h = MatMul(x, w) r = Relu(h) y = MatMul(r, v)", w=w, v=v)
+    gemm = net("float[9,6] x -> float[9,4] y", "h = Gemm<transB=1>(x, a) r = Relu(h) y = Gemm<transB=1>(r, b)", a=w.T.copy(), b=v.T.copy())
+    turned = net("float[9,6] x -> float[9,4] y", "t = Transpose<perm=[1,0]>(a) h = MatMul(x, t) r = Relu(h) y = MatMul(r, v)",
+                 a=w.T.copy(), v=v)  # fmt: skip
+    batch = {"x": drawn((9, 6), 3)}
+    first, *others = (next(iter(scores(m, "loraprune", [batch], loss="entropy").values())) for m in (kept, gemm, turned))
+    for found in others:
+        np.testing.assert_allclose(found, first, rtol=1e-4)
 
 
 # ---------------------------------------------------------------------- widths

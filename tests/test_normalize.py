@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import onnx
 import pytest
@@ -50,6 +52,21 @@ def test_all_three_passes() -> None:
     assert normal.copies == {"b/copy1": "b"}
     assert normal.facts.shapes["b/copy1"] == (8,)
     assert [n.op for n in spa.normalize(spa.load(arithmetic())).model.graph.nodes] == ["Reshape"]
+
+
+SUM = "a = MatMul(x, u) b = MatMul(a, v) c = Add(b, t) "
+
+
+@pytest.mark.parametrize(("body", "width", "copies"), [
+    ("i = Identity(t) y = Add(c, i)", 100, {"t/copy1": "t"}),  # what is only added, as a table of relative positions is
+    ("i = Identity(t) y = Add(c, i)", 8, {}),  # a copy would be more than a tenth of the model
+    ("y = Mul(c, t)", 100, {}),  # a scale may be tied on purpose
+    ("y = MatMul(c, t)", 100, {}),  # as may a matrix
+])  # fmt: skip
+def test_large_offsets_are_no_tied_weights(monkeypatch: pytest.MonkeyPatch, body: str, width: int, copies: dict[str, str]) -> None:
+    monkeypatch.setattr(sys.modules["spa.graph.normalize"], "SHARED", 10)  # `spa.normalize` is the function
+    model = net("float[12,12] x -> float[12,12] y", SUM + body, u=(12, width), v=(width, 12), t=(12, 12))
+    assert spa.normalize(spa.load(model)).copies == copies
 
 
 def test_a_graph_with_nothing_to_do() -> None:

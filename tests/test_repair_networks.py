@@ -168,7 +168,7 @@ def test_a_weight_that_is_read_twice_gets_the_joint_solution(monkeypatch: pytest
 @pytest.mark.parametrize("inputs", ["dense", "pruned"])
 def test_a_bias_that_others_read_stays(monkeypatch: pytest.MonkeyPatch, inputs: str) -> None:
     monkeypatch.setattr(sys.modules["spa.graph.normalize"], "SHARED", 0)
-    body = "h = MatMul(x, w1) r = Relu(h) m = MatMul(r, w) a = Add(m, b) n = MatMul(x, w3) e = Add(n, b) y = Concat <axis=1> (a, e)"
+    body = "h = MatMul(x, w1) r = Relu(h) m = MatMul(r, w) a = Add(m, b) n = MatMul(x, w3) e = Mul(n, b) y = Concat <axis=1> (a, e)"
     model = net("float[200,6] x -> float[200,8] y", body, w1=(6, 12), w=(12, 4), w3=(6, 4), b=(4,))
     data = batches((200, 6))
     found = fixed(model, of_the_layer, data, damping=0, inputs=inputs)

@@ -181,6 +181,34 @@ def test_the_command(tmp_path: Path) -> None:
     assert cut.exit_code == 0, cut.output
 
 
+def test_turned_and_cut_in_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `spa rewrite --rotate` and `spa prune --criterion position` come to."""
+    monkeypatch.chdir(tmp_path)
+    onnx.save(Net("LayerNormalization", rank=RANK).model(), "m.onnx")
+    np.savez("d.npz", ids=np.concatenate([feeds["ids"] for feeds in IDS_FED]))
+
+    def spa_(*words: Any) -> Any:
+        return CliRunner().invoke(cli.app, [str(w) for w in words])
+
+    asked = ("--ratio", "0.375", "--multiple-of", "1", "--no-bench")
+    done = spa_("prune", "m.onnx", "-o", "one.onnx", "--rotate", "--calibration", "d.npz", *asked)
+    assert done.exit_code == 0, done.output
+    assert "no plan was written" in " ".join(done.output.split())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d.npz", "m.onnx", "one.onnx"]
+    assert spa_("rewrite", "m.onnx", "-o", "turned.onnx", "--rotate", "--calibration", "d.npz").exit_code == 0
+    assert spa_("prune", "turned.onnx", "-o", "two.onnx", "--criterion", "position", "--include", "table:1", *asked).exit_code == 0
+    dense, one, two = (outputs(spa.load(name)) for name in ("m.onnx", "one.onnx", "two.onnx"))
+    assert np.abs(one - two).max() < 1e-6 * np.abs(dense).max()
+    assert np.abs(one - dense).max() < 1e-4 * np.abs(dense).max()  # what went carries no energy
+    for words, said in (((), "--rotate and --calibration go together"), (("--calibration", "d.npz"), "say by how much"),
+                        (("--calibration", "d.npz", "--ratio", "0.5", "--criterion", "l1"), "leave out --criterion"),
+                        (("--calibration", "d.npz", "--ratio", "0.5", "--plan-out", "p.json"), "leave out --plan-out")):  # fmt: skip
+        refused = spa_("prune", "m.onnx", "-o", "no.onnx", "--rotate", *words)
+        assert refused.exit_code == 2, refused.output
+        assert said in " ".join(refused.output.split())
+        assert not Path("no.onnx").exists()
+
+
 def test_the_input_is_left_alone() -> None:
     model = Net("LayerNormalization").model()
     before = model.SerializeToString(deterministic=True)

@@ -53,7 +53,11 @@ def test_half_a_gigabyte(tmp_path: Path, command: list[str], share: float) -> No
     assert resident[0] - resident[1] < share * _file(large)
 
 
-def test_no_room_for_the_result_is_one_sentence_and_no_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", [
+    ["prune", "--ratio", "0.25", "--no-bench"], ["prune", "--vocab", "0.9", "--drop-layers", "1", "--layers", "random", "--no-bench"],
+    ["rewrite", "--all"],
+], ids=["channels", "ids and layers", "rewritten"])  # fmt: skip
+def test_no_room_for_the_result_is_one_sentence_and_no_file(tmp_path: Path, command: list[str]) -> None:
     model = write_llama(LlamaConfig(hidden=256, heads=4, kv_heads=2, mlp=512, vocab=2000), tmp_path / "model")
 
     def small_files() -> None:
@@ -61,8 +65,8 @@ def test_no_room_for_the_result_is_one_sentence_and_no_file(tmp_path: Path) -> N
 
     out = tmp_path / "out"
     out.mkdir()
-    command = [sys.executable, "-m", "spa", "prune", str(model), "-o", str(out / "small.onnx"), "--ratio", "0.25", "--no-bench"]
-    done = subprocess.run(command, preexec_fn=small_files, capture_output=True, text=True, check=False)
+    words = [command[0], str(model), "-o", str(out / "small.onnx"), *command[1:]]
+    done = subprocess.run([sys.executable, "-m", "spa", *words], preexec_fn=small_files, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "small.onnx.data: it cannot be written (File too large); choose another folder or make room" in done.stderr

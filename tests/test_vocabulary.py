@@ -17,6 +17,7 @@ import spa
 from spa import cli
 from spa.errors import BadFile, BadOption, NothingToPrune
 from spa.graph.analysis import analyze
+from spa.layers.depth import Depth
 from spa.proof.check import run
 from spa.vocabularies.vocabulary_choice import choose_ids, plan_vocabulary, read_keep
 from spa.vocabularies.vocabulary_prune import prune_vocabulary, remapped
@@ -30,8 +31,8 @@ def _no_table_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["spa.graph.normalize"], "SHARED", 64)  # `spa.normalize` is the function
 
 
-def language_model(*, tied: bool = True, reads_ids: bool = False, second: bool = False, seed: int = 0) -> onnx.ModelProto:
-    """Ids -> table (-> + a second table of the same ids) -> hidden layer -> logits, by the transposed table where tied."""
+def language_model(*, tied: bool = True, reads_ids: bool = False, second: bool = False, blocks: int = 0, seed: int = 0) -> onnx.ModelProto:
+    """Ids -> table (-> + a second table of the same ids) (-> residual MLPs) -> hidden layer -> logits, by the table where tied."""
     rng = np.random.default_rng(seed)
 
     def weight(name: str, *shape: int) -> Any:
@@ -44,6 +45,12 @@ def language_model(*, tied: bool = True, reads_ids: bool = False, second: bool =
         held.append(weight("other", IDS, WIDTH))
         nodes += [helper.make_node("Gather", ["other", "ids"], ["also"]), helper.make_node("Add", ["looked", "also"], ["both"])]
         last = "both"
+    for k in range(blocks):
+        held += [weight(f"in{k}", WIDTH, 12), weight(f"out{k}", 12, WIDTH)]
+        nodes += [helper.make_node("MatMul", [last, f"in{k}"], [f"wide{k}"]), helper.make_node("Relu", [f"wide{k}"], [f"positive{k}"]),
+                  helper.make_node("MatMul", [f"positive{k}", f"out{k}"], [f"branch{k}"], f"layer{k}"),
+                  helper.make_node("Add", [last, f"branch{k}"], [f"sum{k}"])]  # fmt: skip
+        last = f"sum{k}"
     nodes += [
         helper.make_node("MatMul", [last, "up"], ["wide"]), helper.make_node("Relu", ["wide"], ["positive"]),
         helper.make_node("MatMul", ["positive", "down"], ["hidden"]),
@@ -90,6 +97,25 @@ def test_kept_ids_give_what_they_gave(tied: bool, place: str) -> None:
     fed = old if place == "graph" else np.array([[1, 7, 0, 4, 4]])
     dense = run(spa.load(model), {"ids": old})["logits"]
     assert np.allclose(run(result.model, {"ids": fed})["logits"], dense[..., KEPT], atol=1e-5)
+
+
+@pytest.mark.parametrize("place", ["file", "graph"])
+def test_layers_go_first(place: str) -> None:
+    model = language_model(blocks=3)
+    batches = [{"ids": np.random.default_rng(1).integers(0, IDS, (4, LENGTH))}]
+    result = prune_vocabulary(model, KEPT, place=place, ratio=0.5, drop_layers=Depth(1, "finercut"), calibration=batches)
+    (gone,) = result.plan.options["depth"]["order"]
+    assert gone in {"layer0", "layer1", "layer2"}
+    alone = spa.prune(model, drop_layers=Depth(1, "finercut"), calibration=batches)
+    assert alone.plan.options["depth"]["order"] == [gone]
+    again = spa.apply(model, result.plan)  # layers, channels and ids by one plan
+    assert constant(result.model, "table").shape == (len(KEPT), WIDTH // 2)
+    assert spa.storage.store.to_proto(again.model).SerializeToString() == spa.storage.store.to_proto(result.model).SerializeToString()
+    by_turns = prune_vocabulary(alone.to_proto(), KEPT, place=place, ratio=0.5, calibration=batches)
+    fed = {"ids": batches[0]["ids"] if place == "graph" else batches[0]["ids"] % len(KEPT)}
+    assert np.allclose(run(by_turns.model, fed)["logits"], run(result.model, fed)["logits"], atol=1e-5)
+    assert result.check is not None
+    assert result.check.passed
 
 
 def test_ids_that_are_gone_become_the_unknown_one(tmp_path: Path) -> None:
@@ -252,6 +278,7 @@ def prune(*words: Any) -> Any:
 
 def test_files_beside_the_model(tmp_path: Path) -> None:
     onnx.save(language_model(), tmp_path / "model.onnx")
+    onnx.save(language_model(blocks=2), tmp_path / "deep.onnx")
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": IDS, "eos_token_id": 33}))
     file = tokenizer(tmp_path, "WordPiece")
     done = prune(tmp_path / "model.onnx", "--vocab", "0.25", "--tokenizer", file, "-o", tmp_path / "small.onnx")
@@ -266,6 +293,10 @@ def test_files_beside_the_model(tmp_path: Path) -> None:
     assert sorted(small["model"]["vocab"].values()) == list(range(10))
     assert small["post_processor"]["sep"] == ["[CLS]", old.index(1)]
     files = [str(tmp_path / name) for name in ("model.onnx", "small.plan.json", "again.onnx")]
+    both = prune(tmp_path / "deep.onnx", "--vocab", "0.25", "--drop-layers", 1, "--layers", "random", "-o", tmp_path / "both.onnx")
+    assert both.exit_code == 0, both.output
+    assert "10 of 40 ids stay" in both.output
+    assert len(json.loads((tmp_path / "both.plan.json").read_text())["options"]["depth"]["dropped"]) == 1
     again = CliRunner().invoke(cli.app, ["apply", files[0], files[1], "-o", files[2]])
     assert again.exit_code == 0, again.output
     assert (tmp_path / "again.onnx").read_bytes() == (tmp_path / "small.onnx").read_bytes()

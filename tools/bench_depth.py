@@ -29,7 +29,7 @@ SERIES = (
     ("finercut", "attention"), ("llm-drop", "attention"), ("2ssp", "attention"), ("random", "attention"), ("finercut", "any"),
     ("llm-drop", "any"), ("finercut", "block"), ("shortgpt", "block"), ("replaceme", "block"),
 )  # fmt: skip
-GREEDY = ("finercut", "2ssp", "llm-drop", "shortgpt", "random")  # what a smaller number drops, a larger one drops first
+GREEDY = ("finercut", "2ssp", "tracenas", "llm-drop", "shortgpt", "random")  # what a smaller number drops, a larger one drops first
 
 
 @dataclass(frozen=True)

@@ -117,14 +117,18 @@ def quality_of(analysis: Analysis, budget: Budget, model: Model) -> dict[str, An
 
 
 def judge_of(analysis: Analysis, budget: Budget, held: Evidence | None) -> Judge:
-    """What evaluates pruned models by the metric that was asked for. Raises BadOption where there are no data for it."""
+    """What evaluates pruned models by the metric that was asked for, against the model as given: layers that went before count as lost.
+
+    Raises BadOption where there are no data for it.
+    """
     metric = find_metric(budget.metric) if budget.metric else automatic(None, None if held is None else held.labels)
     if metric.whole is None:
         if held is None:
             raise BadOption(f"--max-drop and --metric {metric.name} compare outputs on data: give some with --calibration or --evaluate.")
         if held.noise:
             raise BadOption(f"--metric {metric.name} says nothing on made-up data ({held.name}): give real ones with --evaluate.")
-    return judge(analysis.normal.model, metric, held or Evidence("nothing", (), analysis.normal.model, False), output=budget.output)
+    dense = analysis.given if analysis.edits else analysis.normal.model
+    return judge(dense, metric, held or Evidence("nothing", (), analysis.normal.model, False), output=budget.output)
 
 
 def budget_of(target: str | Sequence[str] | Budget) -> Budget:

@@ -63,7 +63,8 @@ def inspect(
     else:
         totals, causes = count(groups), frozen_causes(groups)
         carried = states_data(groups)
-        data = {"model": str(model), "sha256": analysis.given.sha256, "totals": report.counts_data(totals),
+        named = {"sha256": analysis.given.sha256} if term.as_json else {}  # which takes as long as reading the file
+        data = {"model": str(model), **named, "totals": report.counts_data(totals),
                 "groups": [report.group_data(g) for g in groups.groups], "frozen": [report.cause_data(c) for c in causes],
                 "states": carried}
         term.show(data, report.totals(totals), report.groups_table(groups.free()), *states(carried), report.frozen(causes, totals))

@@ -64,7 +64,7 @@ Preprocess = Annotated[str | None, typer.Option(
 Tokenizer = Annotated[str | None, typer.Option(
     "--tokenizer", metavar="PATH", help="For text: a tokenizer.json or a Hugging Face folder.", show_default=False)]
 Samples = Annotated[int, typer.Option("--samples", min=1, help="Most calibration samples.")]
-Batch = Annotated[int, typer.Option("--batch", min=1, help="Samples in a batch, where the model leaves that free.")]
+Batch = Annotated[int, typer.Option("--batch", min=1, help="Most samples in a batch, where the model leaves that free; fewer if large.")]
 Length = Annotated[int | None, typer.Option("--length", min=1, help="Tokens in a row of text.", show_default=False)]
 Labels = Annotated[str | None, typer.Option(
     "--labels", metavar="NAME", help="Entry of the data that holds labels, for losses.", show_default=False)]
@@ -118,9 +118,12 @@ VocabMap = Annotated[str, typer.Option(
     "--vocab-map", metavar="PLACE", help="file: the pruned model takes new ids; graph: it takes old ones.")]
 VocabInput = Annotated[list[str] | None, typer.Option(
     "--vocab-input", metavar="NAME", help="Input that holds ids; by default the one with the longest table.", show_default=False)]
+Rotate = Annotated[bool, typer.Option(
+    "--rotate", help="Turn the residual stream onto the principal directions of --calibration, and cut its last positions (SliceGPT).")]
 DropLayers = Annotated[str | None, typer.Option(
-    "--drop-layers", metavar="N|SHARE|NAMES", help="Layers that go first: how many, a share (0.2), or names with commas.",
+    "--drop-layers", metavar="N|SHARE|NAMES|balance", help="Layers that go first: how many, a share (0.2), names with commas, or balance: "
+    "as many attention sub-layers as --target params is best met with (2SSP).",
     show_default=False)]
 LayerKind = Annotated[str, typer.Option("--layer-kind", metavar="KIND", help="Which layers: any, attention, mlp, branch or block.")]
 LayerMethod = Annotated[str, typer.Option(
-    "--layers", metavar="METHOD", help="How layers are chosen: finercut, llm-drop, shortgpt, replaceme, 2ssp, random.")]
+    "--layers", metavar="METHOD", help="How layers are chosen: finercut, llm-drop, shortgpt, replaceme, 2ssp, tracenas, random.")]

@@ -14,7 +14,7 @@ import spa
 from spa import api, criteria
 from spa.budgets.budget import TIME_LIMIT, Budget
 from spa.commands import options as given
-from spa.commands import reading, reported, vocabulary
+from spa.commands import reading, reported, rotation, vocabulary
 from spa.commands.app import app
 from spa.commands.common import analysis_of, evidence_of, opened_model
 from spa.commands.terminal import Terminal
@@ -55,7 +55,8 @@ def plan(
     metric: given.Metric = None,
     evaluate: given.Evaluate = None, output_name: given.OutputName = None, provider: given.Provider = "cpu",
     threads: given.Threads = 0, memory: given.Memory = None,
-    time_limit: given.TimeLimit = TIME_LIMIT, as_json: given.Json = False, verbose: given.Verbose = False,
+    time_limit: given.TimeLimit = TIME_LIMIT, drop_layers: given.DropLayers = None, layer_kind: given.LayerKind = "any",
+    layers: given.LayerMethod = "finercut", as_json: given.Json = False, verbose: given.Verbose = False,
 ) -> int:
     """Decide what goes, and write it down without touching the model."""
     term = Terminal(as_json, verbose)
@@ -65,17 +66,20 @@ def plan(
     wishes = _wishes(ratio, scope, criterion, multiple_of, keep_at_least, include, exclude, units, protect, ratios, normalize, aggregate,
                      swaps, loss, damping) | {"ranks": Ranks(qk_rank, vo_rank), "scores": read_brought(scores)}
     budget = _budget(ratio, scope, target, allocation, max_drop, metric, output_name, provider, threads, time_limit, mending)
+    depth = reading.depth(drop_layers, layer_kind, layers)
     analysis = analysis_of(term, model, inputs, protect_outputs, not no_stat, keep_state, outputs={"--output": output})
     evidence = evidence_of(term, analysis, calibration, preprocess, tokenizer, samples, batch, length, labels, seed)
     budget = _judged_on(term, analysis, budget, evaluate, preprocess, tokenizer, samples, batch, length, labels, seed)
-    decided = api.plan(analysis, ratio, calibration=evidence, target=budget, seed=seed, stage=term.stage, **wishes)
+    analysis, decided = api.planned(analysis, wishes, ratio=ratio, budget=budget, evidence=evidence, depth=depth, seed=seed,
+                                    stage=term.stage)  # fmt: skip
     decided.save(output)
     groups = analysis.groups
     before, after = count(analysis.dense.groups), count(groups, mask_of(decided, groups))
     causes = frozen_causes(groups)
     data = {"model": str(model), "plan": str(output), **_outcome(decided, before, after, causes)}
-    term.show(data, report.comparison(before, after), *_met(decided), report.pruned(decided, groups.by_name),
-              report.frozen(causes, before), *_notes(decided), Text(f"wrote {report.printable(str(output))}"))
+    pruned = [report.pruned(decided, groups.by_name)] if decided.groups else []
+    term.show(data, report.comparison(before, after), *_met(decided), *_dropped(decided), *pruned, report.frozen(causes, before),
+              *_notes(decided), Text(f"wrote {report.printable(str(output))}"))
     return 0
 
 
@@ -137,13 +141,20 @@ def prune(
     time_limit: given.TimeLimit = TIME_LIMIT, steps: given.Steps = 1, vocab: given.Vocab = None, vocab_side: given.VocabSide = "both",
     vocab_map: given.VocabMap = "file", vocab_input: given.VocabInput = None,
     scores: given.Scores = None, drop_layers: given.DropLayers = None, layer_kind: given.LayerKind = "any",
-    layers: given.LayerMethod = "finercut",
+    layers: given.LayerMethod = "finercut", rotate: given.Rotate = False,
     as_json: given.Json = False, verbose: given.Verbose = False,
 ) -> int:
     """Plan, remove, repair, prove, time, and write the pruned model and its plan."""
     term = Terminal(as_json, verbose)
-    mending = reading.repair_options(repair, calibration, damping, repair_inputs, repair_target, no_norms, repaired_out)
-    written = _written(output, reading.plan_name(output) if plan_out is None else plan_out, repaired_out) | reported.target(report_file)
+    rotation.check(rotate, calibration, ratio is not None or bool(target) or max_drop is not None, {
+        "--criterion": criterion != "l2", "--include": bool(include), "--units": units is not None, "--repair": repair is not None,
+        "--scores": scores is not None, "--qk-rank": qk_rank is not None, "--vo-rank": vo_rank is not None, "--steps": steps > 1,
+        "--drop-layers": drop_layers is not None, "--vocab": vocab is not None, "--plan-out": plan_out is not None,
+    })  # fmt: skip
+    mending = reading.repair_options("none" if rotate else repair, calibration, damping, repair_inputs, repair_target, no_norms,
+                                     repaired_out)  # fmt: skip
+    plan_file = None if rotate else reading.plan_name(output) if plan_out is None else plan_out
+    written = _written(output, plan_file, repaired_out) | reported.target(report_file)
     reads = reading.data_files(written, calibration, preprocess, tokenizer, evaluate)
     reading.check_outputs(written, [model, ratios, protect, scores, feeds, *reads])
     reading.check_tolerance(tolerance)
@@ -160,8 +171,6 @@ def prune(
     vocabulary.check(wish, budget, steps)
     if wish is not None and scores is not None:
         raise BadOption("--vocab and --scores go one after the other: prune by --scores first, then prune the result's vocabulary.")
-    if wish is not None and depth is not None:
-        raise BadOption("--vocab and --drop-layers go one after the other: drop layers first, then prune the result's vocabulary.")
     written |= vocabulary.targets(wish, output, model)
     opened = opened_model(term, model, written)
     fed = reading.read_feeds(feeds, opened)
@@ -171,22 +180,25 @@ def prune(
     reader = tokenizer if wish is None or calibration is not None else None  # a vocabulary has a use for it without data
     evidence = evidence_of(term, analysis, calibration, preprocess, reader, samples, batch, length, labels, seed)
     budget = _judged_on(term, analysis, budget, evaluate, preprocess, tokenizer, samples, batch, length, labels, seed)
+    if rotate:
+        analysis, evidence, wishes = rotation.turned(term, analysis, evidence, wishes, check=not no_check, feeds=fed, tolerance=tolerance,
+                                                     seed=seed)  # fmt: skip
     how: dict[str, Any] = {"ratio": ratio, "check": not no_check, "seed": seed, "feeds": fed, "tolerance": tolerance, "stage": term.stage}
     if wish is None:
         result = api.carried_out(analysis, wishes, budget=budget, evidence=evidence, steps=steps, depth=depth, **how)
     else:
-        result = carried_out(analysis, wish, evidence, wishes, repair=mending, **how)
+        result = carried_out(analysis, wish, evidence, wishes, repair=mending, depth=depth, **how)
     written_beside = vocabulary.companions(result, found, model, output)
-    timing = None if no_bench else _timing(term, result, fed, seed, threads, provider)
+    timing = None if no_bench else _timing(term, result, opened, fed, seed, threads, provider)
     with term.stage("writing"):
         beside = vocabulary.beside(wish, result, evidence, output, model)
-        result.save(output, plan=written["--plan-out"], beside=[*beside.files, *written_beside.files])
+        result.save(output, plan=plan_file, beside=[*beside.files, *written_beside.files])
         _save_repaired(result, repaired_out)
     sizes = opened.nbytes, load(output).nbytes
     reported.write(report_file, context, result, timing, sizes)
-    data = {"model": str(model), "plan": str(written["--plan-out"]), "output": str(output), **_result(result, sizes, timing), **beside.data,
-            "companions": _beside_data(written_beside)}
-    term.show(data, *_tables(result, sizes, timing), *beside.shown, *_beside(written_beside, written.values()))
+    data = {"model": str(model), "plan": None if plan_file is None else str(plan_file), "output": str(output),
+            **_result(result, sizes, timing), **beside.data, "companions": _beside_data(written_beside)}
+    term.show(data, *_tables(result, sizes, timing), *beside.shown, *rotation.told(rotate), *_beside(written_beside, written.values()))
     return 0
 
 
@@ -256,7 +268,9 @@ def _save_repaired(result: api.Result, path: Path | None) -> None:
         result.save_repaired(path, plan=reading.plan_name(path))
 
 
-def _timing(term: Terminal, result: api.Result, feeds: Feeds | None, seed: int, threads: int, provider: str) -> Race | None:
+def _timing(
+    term: Terminal, result: api.Result, given: spa.Model, feeds: Feeds | None, seed: int, threads: int, provider: str
+) -> Race | None:
     """Latency before and after; None, with a word on stderr, where the original does not run."""
     analysis = result.analysis
     try:
@@ -265,7 +279,7 @@ def _timing(term: Terminal, result: api.Result, feeds: Feeds | None, seed: int, 
             traced = dense.groups.traced
             drawn = one_sample(traced, api.runnable(dense.normal.model, traced, seed=seed)) if feeds is None else feeds
             drawn = drawn if result.ids is None else result.ids.for_both(drawn)
-            return race({"before": analysis.given, "after": result.model}, drawn, threads=threads, engine=provider)
+            return race({"before": given, "after": result.model}, drawn, threads=threads, engine=provider)
     except Exception as error:  # onnxruntime raises classes of its own; the pruning is done and proven without the times
         term.log(f"spa: latency was not measured: {report.printable(str(error).splitlines()[0])}", always=True)
         return None
@@ -279,16 +293,20 @@ def _notes(decided: spa.Plan) -> list[Any]:
     return [report.notes(decided.notes)] if decided.notes else []
 
 
-def _dropped(result: api.Result) -> list[Any]:
-    found = [dropped_layers(result.plan.options["depth"])] if "depth" in result.plan.options else []
-    return found + [Text(f"{sentence}\n", style="yellow") for sentence in result.analysis.left_out]
+def _dropped(decided: spa.Plan) -> list[Any]:
+    return [dropped_layers(decided.options["depth"])] if "depth" in decided.options else []
+
+
+def _left_out(analysis: spa.Analysis) -> list[Any]:
+    return [Text(f"{sentence}\n", style="yellow") for sentence in analysis.left_out]
 
 
 def _tables(result: api.Result, sizes: tuple[int, int], timing: Race | None) -> list[Any]:
     groups = result.analysis.groups
+    pruned = [report.pruned(result.plan, groups.by_name)] if result.plan.groups else []
     return [
-        report.comparison(result.before, result.after, sizes=sizes, race=timing), *_met(result.plan), *_dropped(result),
-        *([report.pruned(result.plan, groups.by_name)] if result.plan.groups else []), *states(states_data(groups, result.gone)),
+        report.comparison(result.before, result.after, sizes=sizes, race=timing), *_met(result.plan), *_dropped(result.plan),
+        *_left_out(result.analysis), *pruned, *states(states_data(groups, result.gone)),
         report.frozen(frozen_causes(groups), result.before), *_notes(result.plan), *_repair(result), report.proof(result.check),
     ]
 

@@ -17,7 +17,7 @@ from spa.budgets.targets import UNITS
 from spa.data.samples import reason
 from spa.errors import BadFile, BadOption
 from spa.graph.kinds import KINDS
-from spa.layers.depth import Depth
+from spa.layers.depth import BALANCE, Depth
 from spa.proof.feeds import Feeds
 from spa.repairs.repair import RepairOptions
 from spa.storage.files import check_target
@@ -53,14 +53,16 @@ def repair_options(
 
 
 def depth(drop: str | None, kind: str, method: str) -> Depth | None:
-    """Which layers go: a number, a share, or names with commas. Raises BadOption."""
+    """Which layers go: a number, a share, balance, or names with commas. Raises BadOption."""
     if drop is None:
         if (kind, method) != ("any", "finercut"):
             raise BadOption("--layer-kind and --layers say how layers are chosen: say how many go with --drop-layers.")
         return None
     names = tuple(part.strip() for part in drop.split(",") if part.strip())
     if not names:
-        raise BadOption("--drop-layers is empty: give a number, a share such as 0.2, or names.")
+        raise BadOption("--drop-layers is empty: give a number, a share such as 0.2, balance, or names.")
+    if names == (BALANCE,):
+        return Depth(BALANCE, method, kind)
     return Depth(float(drop) if re.fullmatch(r"-?\d*\.?\d+", drop.strip()) else names, method, kind)
 
 

@@ -45,6 +45,13 @@ Scopes = Annotated[list[str] | None, typer.Option(
     "--scope", metavar="SCOPE,…", help="Of ratios: local (default), global, isomorphic, cost, log.", show_default=False)]
 Allocations = Annotated[list[str] | None, typer.Option(
     "--allocation", metavar="WAY,…", help="Of targets: auto (default), uniform, global, sensitivity, solver.", show_default=False)]
+DropLayers = Annotated[list[str] | None, typer.Option(
+    "--drop-layers", metavar="N,SHARE,…", help="Layers that go first: how many, or which share of them; 0: none.", show_default=False)]
+Layers = Annotated[list[str] | None, typer.Option(
+    "--layers", metavar="METHOD,…", help="How layers are chosen, one or several, as for spa prune; finercut by default.",
+    show_default=False)]
+LayerKinds = Annotated[list[str] | None, typer.Option(
+    "--layer-kind", metavar="KIND,…", help="Which layers: any (default), attention, mlp, branch, block.", show_default=False)]
 Jobs = Annotated[int, typer.Option("--jobs", "-j", metavar="N", help="Workers side by side; 0: one for each core.")]
 Backend = Annotated[str, typer.Option("--backend", metavar="NAME", help="loky: processes on this machine; ray: a Ray cluster.")]
 
@@ -55,7 +62,8 @@ def sweep(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where all is kept; given again, it goes on there.",
                                          show_default=False)],
     ratio: Shares = None, target: Targets = None, criterion: Criteria = None, repair: Repairs = None, scope: Scopes = None,
-    allocation: Allocations = None, calibration: given.Source = None, evaluate: given.Evaluate = None, metric: given.Metric = None,
+    allocation: Allocations = None, drop_layers: DropLayers = None, layers: Layers = None, layer_kind: LayerKinds = None,
+    calibration: given.Source = None, evaluate: given.Evaluate = None, metric: given.Metric = None,
     output_name: given.OutputName = None, preprocess: given.Preprocess = None, tokenizer: given.Tokenizer = None,
     samples: given.Samples = 256, batch: given.Batch = 32, length: given.Length = None, labels: given.Labels = None,
     bench: Annotated[bool, typer.Option("--bench", help="Also time each point against the model as it is, on --provider.")] = False,
@@ -83,15 +91,18 @@ def sweep(
         raise BadOption("--against latency needs times: give --bench too.")
     reading.check_tolerance(tolerance)
     wanted: dict[str, Any] = {
-        "ratio": shares_of(ratio), "target": targets_of(target), "criterion": listed(criterion) or ("l2",),
+        "ratio": numbers_of("--ratio", ratio), "target": targets_of(target), "criterion": listed(criterion) or ("l2",),
         "repair": listed(repair) or ("none" if calibration is None else "obspa",), "scope": listed(scope) or ("local",),
-        "allocation": listed(allocation) or ("auto",),
+        "allocation": listed(allocation) or ("auto",), "drop_layers": numbers_of("--drop-layers", drop_layers),
+        "layers": listed(layers) or ("finercut",), "layer_kind": listed(layer_kind) or ("any",),
     }  # fmt: skip
     settings = grid(*wanted.values())
     if scope and all(s.ratio is None for s in settings):
         raise BadOption("--scope spreads ratios: give some with --ratio; targets are spread by --allocation.")
     if allocation and all(s.target is None for s in settings):
         raise BadOption("--allocation spreads targets: give some with --target; ratios are spread by --scope.")
+    if (layers or layer_kind) and not any(s.drop_layers for s in settings):
+        raise BadOption("--layers and --layer-kind say how layers are chosen: say how many go with --drop-layers.")
     parallel.check_jobs(jobs, backend)
     _apart(output, calibration, evaluate)
     mending = RepairOptions("none", repair_inputs, repair_target, damping, not no_norms)
@@ -143,7 +154,7 @@ def sensitivity(
     named = {"--output": files[0]} if len(files) == 1 else {f"--output {f}": f for f in files}
     reading.check_outputs(named, [model, *reading.data_files(named, calibration, preprocess, tokenizer, evaluate)])
     mending = RepairOptions("none", repair_inputs, repair_target, damping, not no_norms)
-    shares = shares_of(ratio) or RATIOS
+    shares = numbers_of("--ratio", ratio) or RATIOS
     grid(shares, (), (criterion,), (repair,), ("local",), ("auto",))
     parallel.check_jobs(jobs, backend)
     analysis = analysis_of(term, model, inputs, protect_outputs, not no_stat, keep_state)
@@ -172,12 +183,12 @@ def listed(texts: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(part.strip() for text in texts or () for part in text.split(",") if part.strip()))
 
 
-def shares_of(texts: Sequence[str] | None) -> tuple[float, ...]:
-    """Ratios. Raises BadOption for what is no number."""
+def numbers_of(option: str, texts: Sequence[str] | None) -> tuple[float, ...]:
+    """Ratios, or numbers of layers. Raises BadOption for what is no number."""
     try:
         return tuple(float(t) for t in listed(texts))
     except ValueError as error:
-        raise BadOption(f"--ratio {','.join(texts or ())} is no list of numbers such as 0.25,0.5.") from error
+        raise BadOption(f"{option} {','.join(texts or ())} is no list of numbers such as 0.25,0.5.") from error
 
 
 def targets_of(texts: Sequence[str] | None) -> tuple[str, ...]:

@@ -115,10 +115,10 @@ class Guarded(TyperGroup):
             code = super().main(words, *rest, **options)
         except BaseException as error:
             code, sentence = verdict(error)
-            _complain(error, code, sentence, words)
+            complain(error, code, sentence, words)
         else:
             if code == 130 and isinstance(code, int):
-                _complain(KeyboardInterrupt(), code, "interrupted before it was done", words)
+                complain(KeyboardInterrupt(), code, "interrupted before it was done", words)
         sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -146,7 +146,8 @@ def verdict(error: BaseException) -> tuple[int, str]:
     return 2, f"internal error ({type(error).__name__}: {text}{place}); this is a defect of spa, please report it (-v shows the traceback)"
 
 
-def _complain(error: BaseException, code: int, sentence: str, words: Sequence[str]) -> None:
+def complain(error: BaseException, code: int, sentence: str, words: Sequence[str]) -> None:
+    """The sentence on stderr, and as JSON where that was asked for."""
     if not sentence:
         return
     if {"-v", "--verbose"} & set(words) and error.__traceback__ is not None:

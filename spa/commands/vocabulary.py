@@ -45,7 +45,8 @@ def wish_of(keep: str | None, side: str, place: str, inputs: list[str] | None, t
 def check(wish: Wish | None, budget: Budget, steps: int) -> None:
     """Raises BadOption for what does not go together with --vocab: data with ids that are gone can't be measured on."""
     if wish is not None and (budget.asks or budget.judges or steps > 1):
-        raise BadOption("--vocab goes with --ratio or alone: prune the vocabulary first, its result with --target, --metric or --steps.")
+        raise BadOption("--vocab goes with --ratio, --drop-layers or alone, as --target, --metric and --steps run pruned models on data "
+                        "that hold ids that went: prune the vocabulary first, then its result with these.")  # fmt: skip
 
 
 def targets(wish: Wish | None, output: Path, model: Path) -> dict[str, Path]:

@@ -55,7 +55,8 @@ def amp(layer: LayerView) -> Scores:
     """Heads: mean over rows of ‖x_c W_c‖₁, what the head adds to the output. Channels of one column: mean of |x| (AMP, IJCNN 2025).
 
     I_n = (1/BT) Σ_{b,t} Σ_o |Σ_d x_{t,n,d} W_O[n,d,o]|, I_j = mean |x_j|. Heads that share a key-value group are one channel here: the norm
-    is of what they add together, where the authors' code adds up their norms.
+    is of what they add together, where the authors' code adds up their norms. AMP's widths: `--units head,neuron --allocation uniform
+    --target params=0.8`, the same share of all, and what heads leave of it by rounding is made up by neurons.
     """
     return layer.projections
 

@@ -264,7 +264,8 @@ class GroupViews:
         if method not in self._saliency:
             assert self.data is not None
             data = self.data
-            self._saliency[method] = weight_saliency(self.graph, data.batches, method, loss=data.loss, labels=data.labels)
+            layers = self.layers if method == "loraprune" else ()
+            self._saliency[method] = weight_saliency(self.graph, data.batches, method, loss=data.loss, labels=data.labels, layers=layers)
         return self._saliency[method]
 
     @cached_property

@@ -97,7 +97,7 @@ def calibration(
     samples
         Most samples. Arrays and text give their first ones, folders of pictures an even choice of their files.
     batch
-        Samples in a batch where the model does not fix that.
+        Most samples in a batch where the model does not fix that; fewer where their activations would take some gigabytes.
     preprocess
         For pictures: a `Preprocess`, a preset of `spa.data.preprocess.PRESETS`, a YAML or TOML file, or "size=224,mean=0.5".
     tokenizer
@@ -134,7 +134,7 @@ def calibration(
     steady = Steady(opened.source) if opened.foreign else None
 
     def read(tally: Tally) -> Iterator[Feeds]:
-        found = Regrouping(opened.layout, batch, samples, opened.source, tally).batches(opened.pieces())
+        found = Regrouping(opened.layout, batch, samples, opened.source, tally, traced).batches(opened.pieces())
         return found if steady is None else steady.check(found)
 
     count = opened.samples

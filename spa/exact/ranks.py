@@ -19,7 +19,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from passes import drop_dead_nodes, fold_constants, merge_copies, replace_constants, unshare_constants
+from passes import drop_dead_nodes, fold_constants, merge_copies, replace_constants
 from spa.errors import BadOption, NothingToPrune
 from spa.exact import attention
 from spa.exact.attention import Found
@@ -27,7 +27,7 @@ from spa.exact.flow import Flow, Obstacle
 from spa.exact.products import Product
 from spa.exact.weights import Weights
 from spa.graph.groups import Groups, Kept, find_groups
-from spa.graph.normalize import SHARED
+from spa.graph.normalize import unshared
 from spa.graph.shapes import infer, with_new_constants
 from spa.graph.trace import trace
 from spa.plans.edits import KINDS, Edit, Kind
@@ -110,7 +110,7 @@ def turn(graph: gs.Graph, *, qk: bool, vo: bool, inputs: Mapping[str, Sequence[i
     """
     own = copy_graph(graph)
     facts = infer(own, inputs)
-    copies = unshare_constants(own, SHARED)
+    copies = unshared(own)
     fold_constants(own, facts.computed)
     found = attention.find(Flow(find_groups(trace(own, with_new_constants(facts, own)))))
     weights = Weights(dict(found.flow.traced.constants))
@@ -123,7 +123,7 @@ def turn(graph: gs.Graph, *, qk: bool, vo: bool, inputs: Mapping[str, Sequence[i
         with suppress(Obstacle):
             attention.fold_value_bias(found, values, weights)
         turned += attention.turn_values(values, weights)
-    unshare_constants(graph, SHARED)  # gives the same names as above
+    unshared(graph)  # gives the same names as above
     replace_constants(graph, weights.changed)
     merge_copies(graph, copies, {c for c, o in copies.items() if c not in weights.changed and o not in weights.changed})
     drop_dead_nodes(graph)

@@ -17,13 +17,13 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx import helper
 
-from passes import Scale, drop_dead_nodes, fold_constants, merge_copies, replace_constants, scale_inputs, unshare_constants
+from passes import Scale, drop_dead_nodes, fold_constants, merge_copies, replace_constants, scale_inputs
 from spa.errors import BadOption
 from spa.exact.weights import Weights
 from spa.graph.analysis import Analysis, analyze
 from spa.graph.groups import Groups, find_groups
 from spa.graph.linear import Layer, find_layers
-from spa.graph.normalize import SHARED
+from spa.graph.normalize import unshared
 from spa.graph.shapes import infer, with_new_constants
 from spa.graph.trace import NodeTrace, node_name, trace
 from spa.plans.edits import KINDS, Edit, Kind
@@ -113,7 +113,7 @@ def fold(graph: gs.Graph, *, factors: Factors, inputs: Mapping[str, Sequence[int
     """
     own = copy_graph(graph)
     facts = infer(own, inputs)
-    copies = unshare_constants(own, SHARED)
+    copies = unshared(own)
     fold_constants(own, facts.computed)
     groups = find_groups(trace(own, with_new_constants(facts, own)))
     layers = {layer.node.outputs[0].name: layer for layer in find_layers(groups)}
@@ -127,7 +127,7 @@ def fold(graph: gs.Graph, *, factors: Factors, inputs: Mapping[str, Sequence[int
             by *= np.asarray(along, np.float64)[layer.positions[int(axis)]]
         whole = weights.matrix(layer).reshape(layer.parts, layer.outputs, layer.columns) * by[:, None, :]
         weights.put_matrix(layer, whole.reshape(-1, layer.columns))
-    unshare_constants(graph, SHARED)  # gives the same names as above
+    unshared(graph)  # gives the same names as above
     replace_constants(graph, weights.changed)
     merge_copies(graph, copies, {c for c, o in copies.items() if c not in weights.changed and o not in weights.changed})
     drop_dead_nodes(graph)

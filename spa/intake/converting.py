@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError
 
 from spa.errors import BadOption, CheckFailed, UnsupportedModel
 from spa.graph.normalize import Normal, normalize
+from spa.intake.fitting import fitted
 from spa.intake.frameworks import Framework, of_object, recognise
 from spa.intake.parity import Parity, parity, sentence
 from spa.intake.remote import Here, Reader, Remote
@@ -73,7 +74,7 @@ def convert(
         Of inputs, where the framework does not know: {"ids": "int64"}.
     dynamic
         Which sizes of inputs stay free: "batch" (the first axis), "none", or "keep" for all that are free in the framework. None is "keep"
-        where `inputs` names free sizes, else "batch".
+        where `inputs` names free sizes, or gives none and the framework's models are of no use with fixed ones; else "batch".
     opset
         Of ONNX; 0 is the converter's choice.
     entry
@@ -101,13 +102,14 @@ def convert(
     named = inputs if isinstance(inputs, Mapping) else {str(k): shape for k, shape in enumerate(inputs)}
     wish = {
         "inputs": {name: list(shape) for name, shape in named.items()}, "dtypes": dict(dtypes or {}), "opset": opset, "entry": entry,
-        "dynamic": _dynamic(dynamic, named), "trust": trust, "cache": cache, "folder": os.getcwd(), "seed": seed,
+        "dynamic": _dynamic(dynamic, named, "batch"), "trust": trust, "cache": cache, "folder": os.getcwd(), "seed": seed,
     }  # fmt: skip
     with stage("opening the framework"):
-        reader, row = _reader(source, framework, wish)
+        reader, row = _reader(source, framework, wish, dynamic)
     folder = tempfile.TemporaryDirectory(prefix="spa-")
     try:
         target = Path(folder.name) / "model.onnx"
+        wish["inputs"] = fitted(reader, named)
         with stage("converting"):
             notes = reader.convert(target)
         with stage("normalising"):
@@ -127,15 +129,17 @@ def convert(
             reader.close()
 
 
-def _dynamic(asked: str | None, inputs: Mapping[str, Shape]) -> str:
-    if asked is None:
+def _dynamic(asked: str | None, inputs: Mapping[str, Any], usual: str) -> str:
+    if asked is None and inputs:
         return "keep" if any(not isinstance(size, int) for shape in inputs.values() for size in shape) else "batch"
+    if asked is None:
+        return usual
     if asked not in DYNAMIC:
         raise BadOption(f"--dynamic is {asked!r}, but must be one of: {', '.join(DYNAMIC)}.")
     return asked
 
 
-def _reader(source: Any, framework: str, wish: dict[str, Any]) -> tuple[Reader, Framework]:
+def _reader(source: Any, framework: str, wish: dict[str, Any], dynamic: str | None) -> tuple[Reader, Framework]:
     if not isinstance(source, str | os.PathLike):
         row = of_object(source, framework)
         return Here(row, source, wish), row
@@ -143,6 +147,7 @@ def _reader(source: Any, framework: str, wish: dict[str, Any]) -> tuple[Reader, 
     if origin.framework.trust and not wish["trust"]:
         raise BadOption(f"{origin.place} is not opened: {origin.framework.trust}; if you trust where it comes from, say so with --trust.")
     wish["entry"] = wish["entry"] or origin.entry
+    wish["dynamic"] = _dynamic(dynamic, wish["inputs"], origin.framework.dynamic)
     return Remote(origin, wish), origin.framework
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,8 @@ class Framework:
         Where spa cannot convert: how to get an ONNX file.
     live
         Package of the objects that can be converted without a file.
+    dynamic
+        Which sizes stay free where nobody says so, as `--dynamic` has it.
     """
 
     name: str
@@ -56,21 +59,25 @@ class Framework:
     trust: str = ""
     instead: str = ""
     live: str = ""
+    dynamic: str = "batch"
 
 
 _PICKLE = "it is a pickle, and loading a pickle runs whatever code lies in it"
 _OWN = "python -m venv converter && converter/bin/pip install"
 """For converters that need another onnx than spa's: their Python goes into the row's variable."""
 TENSORFLOW = "pip install 'spa-prune[tensorflow]'"
+_PIR = ("base_code", "program")  # what PaddlePaddle 3 writes
 _TENSORFLOW = ("tensorflow", "keras", "tf2onnx")
+_PADDLE = any_of(suffix(".pdmodel", ".pdiparams"), folder("*.pdiparams"), folder("*.pdmodel"), document(*_PIR),
+                 settings(*_PIR, name="inference.json"))
 _TFJS = ("modelTopology", "weightsManifest")
 _NOT_FOUND: Looks = lambda path: False  # noqa: E731  a row that is asked for by name alone
 
 FRAMEWORKS: tuple[Framework, ...] = (
     Framework("timm", "timm", any_of(scheme("timm"), settings("architecture", "pretrained_cfg")), "torch_worker",
               ("torch", "onnxscript", "timm"), "pip install 'spa-prune[timm]'", "SPA_TORCH_PYTHON"),
-    Framework("huggingface", "Hugging Face transformers", settings("model_type"), "huggingface_worker",
-              ("torch", "onnxscript", "transformers"), "pip install 'spa-prune[huggingface]'", "SPA_TORCH_PYTHON"),
+    Framework("huggingface", "Hugging Face", settings("model_type"), "huggingface_worker",
+              ("torch", "onnxscript", "transformers"), "pip install 'spa-prune[huggingface]'", "SPA_TORCH_PYTHON", dynamic="keep"),
     Framework("exported", "torch.export", any_of(archive("archive_format"), suffix(".pt2")), "torch_worker", ("torch", "onnxscript"), TORCH,
               "SPA_TORCH_PYTHON"),
     Framework("torchscript", "TorchScript", any_of(archive("constants.pkl", r"code/.*\.py"), suffix(".torchscript", ".ts")), "torch_worker",
@@ -83,7 +90,7 @@ FRAMEWORKS: tuple[Framework, ...] = (
               "SPA_TORCH_PYTHON", live="torch"),
     Framework("jax", "JAX", script("jax", "flax", "equinox", "haiku"), "jax_worker", ("jax", "jax2onnx"), "pip install 'spa-prune[jax]'",
               "SPA_JAX_PYTHON", live="flax"),
-    Framework("paddle", "PaddlePaddle", any_of(suffix(".pdmodel", ".pdiparams"), folder("*.pdiparams")), "paddle_worker",
+    Framework("paddle", "PaddlePaddle", _PADDLE, "paddle_worker",
               ("paddle", "paddle2onnx"), f"{_OWN} paddlepaddle==3.3.1 paddle2onnx==2.1.0 packaging", "SPA_PADDLE_PYTHON"),
     Framework("tensorflow", "TensorFlow", any_of(folder("saved_model.pb"), suffix(".pb")), "tensorflow_worker", _TENSORFLOW, TENSORFLOW,
               "SPA_TENSORFLOW_PYTHON"),
@@ -163,6 +170,8 @@ def split(text: str) -> tuple[str, str]:
 def _why_unknown(path: Path) -> str:
     if path.suffix == ".onnx":
         return "it is an ONNX file already: spa prune and all other commands read it as it is."
+    if starts(b"PK\x03\x04")(path) and not zipfile.is_zipfile(path):
+        return "it begins as a zip archive, which PyTorch and Keras write, but its end is missing: copy or download it again."
     if path.suffix == ".py":
         return f"a Python file is read as {path.name}:NAME, with the name of the class or function that makes the network."
     if path.is_dir() and read_json(path / "config.json") is not None:

@@ -1,7 +1,8 @@
 """Parity: what was converted gives what the framework gives, on the same inputs; and where it first does not.
 
 Inputs are drawn as for any proof (`spa.proof.feeds`), three times, and where the batch is free once with another one: a branch that depends
-on values and was frozen by an exporter, or a batch size that it has written into the graph, show.
+on values and was frozen by an exporter, or a batch size that it has written into the graph, show. A framework that knows better what its
+model meets gives examples.
 """
 
 from __future__ import annotations
@@ -58,14 +59,16 @@ def parity(reader: Reader, normal: Normal, *, feeds: Feeds | None = None, tolera
     ------
     UnsupportedModel
         If the framework or ONNX Runtime does not run, or both have other numbers of outputs.
+    CheckFailed
+        If an output has other sizes in both, or nothing but NaN can be compared.
     """
     model = normal.model
     opened = session(model, lean=True)
     total: Check | None = None
     shapes = []
-    for fed in [feeds] if feeds is not None else _draws(normal, seed):
+    for fed in [feeds] if feeds is not None else _examples(normal, reader) or _draws(normal, seed):
         found = run_session(opened, fed)
-        expected = _by_output(reader.outputs(fed), list(found))
+        expected = _by_output(reader.outputs(fed), found)
         shapes.append({name: tuple(array.shape) for name, array in fed.items()})
         try:
             check = compare_results(expected, found, tolerance=tolerance)
@@ -79,6 +82,18 @@ def parity(reader: Reader, normal: Normal, *, feeds: Feeds | None = None, tolera
             return Parity(total, tuple(shapes), first_difference(normal, fed, layers, wrong[0], tolerance) if layers else None)
     assert total is not None
     return Parity(total, tuple(shapes))
+
+
+def _examples(normal: Normal, reader: Reader) -> Sequence[Feeds]:
+    """The framework's own, of the sizes that the model takes."""
+    declared = {t.name: list(t.shape or []) for t in normal.model.graph.inputs}
+
+    def fits(fed: Feeds) -> bool:
+        return set(declared) == set(fed) and all(
+            len(sizes) == fed[name].ndim and all(not isinstance(s, int) or s == n for s, n in zip(sizes, fed[name].shape, strict=True))
+            for name, sizes in declared.items())
+
+    return [fed for fed in reader.examples() if fits(fed)]
 
 
 def _draws(normal: Normal, seed: int) -> Sequence[Feeds]:
@@ -98,8 +113,26 @@ def _other_batch(traced: Traced, shapes: Mapping[str, tuple[int, ...]]) -> dict[
     return {name: (OTHER_BATCH, *shape[1:]) for name, shape in shapes.items()}
 
 
-def _by_output(results: Named, outputs: Sequence[str]) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
-    """The framework's results under the names of ONNX's outputs: by name if these are the same, else in order."""
+def _by_output(results: Named, found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
+    """The framework's results under the names of ONNX's outputs: by name if these are the same, else in order.
+
+    Raises UnsupportedModel if there are more of one than of the other, CheckFailed if two that belong together differ in shape.
+    """
+    outputs = list(found)
+    paired = _paired(results, outputs)
+    for name, value in paired.items():
+        if value.shape != found[name].shape:
+            raise CheckFailed(f"The converted model does not give what the framework gives: output {name} is {_sizes(found[name])} in ONNX "
+                              f"and {_sizes(value)} in the framework; convert it in the framework, or write to the converter's "
+                              "authors.")  # fmt: skip
+    return paired
+
+
+def _sizes(value: np.ndarray) -> str:  # type: ignore[type-arg]
+    return "x".join(map(str, value.shape)) or "a single number"
+
+
+def _paired(results: Named, outputs: Sequence[str]) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
     names = [name for name, _ in results]
     if len(results) != len(outputs):
         raise UnsupportedModel(f"The framework gives {len(results)} outputs and the converted model {len(outputs)}.")

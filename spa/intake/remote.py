@@ -44,6 +44,9 @@ class Reader(Protocol):
     def layers(self, feeds: Feeds) -> Named:
         """Intermediate results in order of execution; none where it cannot tell."""
 
+    def examples(self) -> list[Feeds]:
+        """Inputs that suit the model, where any that are drawn would not; else none."""
+
 
 class Remote:
     """A model that another process reads. Raises BadOption, BadFile or UnsupportedModel, as the worker says whose fault it is."""
@@ -77,13 +80,21 @@ class Remote:
         """Intermediate results in order of execution; none where it cannot tell."""
         return self._arrays("layers", feeds)
 
+    def examples(self) -> list[Feeds]:
+        """Inputs that suit the model, where any that are drawn would not; else none."""
+        found: list[Feeds] = []
+        for k in range(self._model("examples", results=os.fspath(self.worker.folder))["count"]):
+            with np.load(self.worker.folder / f"{k}.npz", allow_pickle=False) as loaded:
+                found.append({name: loaded[name] for name in loaded.files})
+        return found
+
     def close(self) -> None:
         """Ends the process."""
         self.worker.close()
 
     def _arrays(self, do: str, feeds: Feeds) -> Named:
         asked, results = (self.worker.folder / f"{name}.npz" for name in ("feeds", "results"))
-        np.savez(asked, allow_pickle=False, **feeds)  # type: ignore[arg-type]
+        np.savez(asked, allow_pickle=False, **{n: a.astype(str) if a.dtype == object else a for n, a in feeds.items()})  # type: ignore[arg-type]
         names = self._model(do, feeds=os.fspath(asked), results=os.fspath(results))["names"]
         if not names:
             return []
@@ -128,6 +139,10 @@ class Here:
     def layers(self, feeds: Feeds) -> Named:
         """Intermediate results in order of execution; none where it cannot tell."""
         return _pairs(self._call("layers", feeds)) if hasattr(self.worker, "layers") else []
+
+    def examples(self) -> list[Feeds]:
+        """Inputs that suit the model, where any that are drawn would not; else none."""
+        return list(self._call("examples")) if hasattr(self.worker, "examples") else []
 
     def _call(self, do: str, *data: Any) -> Any:
         from spa.intake.workers.serve import failure

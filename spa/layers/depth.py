@@ -30,6 +30,7 @@ from spa.stages import Stage, quiet
 
 Array = NDArray[np.float64]
 BLOCK, ANY = "block", "any"
+BALANCE = "balance"  # how many go follows from the budget, see `spa.layers.depth_budget.balanced`
 PARTS = 16  # that a network is cut into for a greedy search
 CHOICES = (ANY, ATTENTION, MLP, BRANCH, BLOCK)
 
@@ -38,9 +39,9 @@ CHOICES = (ANY, ATTENTION, MLP, BRANCH, BLOCK)
 class Depth:
     """What is asked for.
 
-    drop: how many go: a number, a share between 0 and 1, or names and globs of sub-layers, which need no method. method: one of `METHODS`.
-    kind: which candidates there are: attention, mlp, branch, any (ranked together), or block. spare: share of the candidates, from the
-    first on, that stay (FinerCut's recipe for large models spares 0.4). distance: of outputs, for finercut: js or error.
+    drop: how many go: a number, a share between 0 and 1, `BALANCE`, or names and globs of sub-layers, which need no method. method: one
+    of `METHODS`. kind: which candidates there are: attention, mlp, branch, any (ranked together), or block. spare: share of the candidates,
+    from the first on, that stay (FinerCut's recipe for large models spares 0.4). distance: of outputs, for finercut: js or error.
     """
 
     drop: float | Sequence[str]
@@ -151,8 +152,13 @@ def candidates_of(found: SubLayers, kind: str) -> tuple[Candidate, ...]:
     return tuple(made)
 
 
-def choose_layers(analysis: Analysis, depth: Depth, evidence: Evidence | None, *, seed: int = 0, stage: Stage = quiet) -> Dropped:
-    """Decides which layers go. Raises BadOption for what can't be had: too many layers, names that do not exist, methods without data."""
+def choose_layers(
+    analysis: Analysis, depth: Depth, evidence: Evidence | None, *, seed: int = 0, more: Dropped | None = None, stage: Stage = quiet
+) -> Dropped:
+    """Decides which layers go. more: what went when the same was asked for a larger number, which spares the search.
+
+    Raises BadOption for what can't be had: too many layers, names that do not exist, methods without data.
+    """
     analysis = parted(analysis, stage=stage)
     found = sub_layers(analysis.groups)
     if not isinstance(depth.drop, int | float):
@@ -163,8 +169,13 @@ def choose_layers(analysis: Analysis, depth: Depth, evidence: Evidence | None, *
                     evidence.labels if evidence else None, seed)  # fmt: skip
     if not search.batches and depth.method not in WITHOUT_DATA:
         raise BadOption(f"--layers {depth.method} looks at what the layers do to data: give some with --calibration, or take random.")
-    with stage("choosing layers"):
-        chosen, scores, edits = METHODS[depth.method](search)
+    edits: tuple[Edit, ...] = ()
+    if more is not None and depth.method not in WHOLE and len(more.order) >= search.count:
+        named = {c.name: c for c in candidates}
+        chosen, scores = [named[n] for n in more.order[: search.count]], dict(more.scores)
+    else:
+        with stage("choosing layers"):
+            chosen, scores, edits = METHODS[depth.method](search)
     layers = tuple(s for s in found.layers if any(s in c.layers for c in chosen))
     return Dropped(layers, tuple(c.name for c in chosen), scores, (*edits_for(analysis, found, layers, whole=bool(edits)), *edits), depth)
 
@@ -184,8 +195,15 @@ def without_layers(
 ) -> tuple[Analysis, Evidence | None, Dropped]:
     """The model without the layers that go, and the data as they are used on it."""
     dropped = choose_layers(analysis, depth, evidence, seed=seed, stage=stage)
+    return *left_by(analysis, dropped, evidence, stage=stage), dropped
+
+
+def left_by(
+    analysis: Analysis, dropped: Dropped, evidence: Evidence | None, *, stage: Stage = quiet
+) -> tuple[Analysis, Evidence | None]:
+    """The model without layers that were chosen, and the data as they are used on it."""
     small = analyze(analysis.given, **{**analysis.settings, "edits": (*analysis.edits, *dropped.edits)}, stage=stage)
-    return small, moved(evidence, small), dropped
+    return small, moved(evidence, small)
 
 
 # ---------------------------------------------------------------------- methods
@@ -331,8 +349,17 @@ def replace_me(search: Search) -> tuple[list[Candidate], dict[str, float], tuple
     return replaced(search)
 
 
+def tracenas(search: Search) -> tuple[list[Candidate], dict[str, float], tuple[Edit, ...]]:
+    """TraceNAS: see `spa.layers.gradient_trace`."""
+    from spa.layers.gradient_trace import traced_away  # as above, and torch is an extra
+
+    return traced_away(search)
+
+
 METHODS: Mapping[str, Method] = {
-    "finercut": finercut, "llm-drop": llm_drop, "shortgpt": shortgpt, "replaceme": replace_me, "2ssp": two_ssp, "random": random_layers,
+    "finercut": finercut, "llm-drop": llm_drop, "shortgpt": shortgpt, "replaceme": replace_me, "2ssp": two_ssp, "tracenas": tracenas,
+    "random": random_layers,
 }  # fmt: skip
 OF_BLOCKS = frozenset({"shortgpt", "replaceme"})  # these drop whole blocks, whatever the kind
+WHOLE = frozenset({"replaceme"})  # what goes of a larger number says nothing of a smaller one; elsewhere layers go one after the other
 WITHOUT_DATA = frozenset({"random"})

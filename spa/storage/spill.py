@@ -38,7 +38,7 @@ class Spill:
             np.save(path, array)
             mapped = np.asarray(np.load(path, mmap_mode="r"))
         except OSError as error:
-            where, reason = tempfile.gettempdir(), error.strerror or error
+            where, reason = tempfile.gettempdir(), error.strerror or "only a part was written"  # as numpy puts it, without a cause
             way_out = "make room there, name another folder in TMPDIR, or give more --memory"
             raise BadFile(f"{where}: values that do not fit into memory can't be kept ({reason}): {way_out}.") from error
         self._files[id(mapped)] = path

@@ -26,8 +26,9 @@ from spa.budgets.quality import Judge, automatic, judge, split
 from spa.criteria.brought import Brought
 from spa.data.evidence import Evidence, adapted
 from spa.errors import BadOption, UnsupportedModel
-from spa.graph.analysis import Analysis, analyze, evidence_for
+from spa.graph.analysis import Analysis, analyze, evidence_for, moved
 from spa.graph.count import Counts, count
+from spa.layers.depth import Dropped, left_by
 from spa.proof.check import TOLERANCE
 from spa.proof.feeds import Feeds
 from spa.repairs.repair_options import RepairOptions
@@ -109,6 +110,17 @@ class Lab:
 
     def __init__(self, experiment: Experiment, analysis: Analysis, fit: Evidence | None, held: Evidence | None) -> None:
         self.experiment, self.analysis, self.fit, self.held = experiment, analysis, fit, held
+        self._smaller: tuple[tuple[Any, ...], Lab] | None = None
+
+    def without(self, dropped: Dropped | None) -> Lab:
+        """The same for the model without these layers; quality is still judged on the model as it is. The last one is kept."""
+        if dropped is None:
+            return self
+        key = dropped.depth.method, dropped.depth.kind, dropped.order
+        if self._smaller is None or self._smaller[0] != key:
+            small, fit = left_by(self.analysis, dropped, self.fit)
+            self._smaller = key, Lab(self.experiment, small, fit, moved(self.held, small))
+        return self._smaller[1]
 
     @cached_property
     def judge(self) -> Judge:

@@ -17,6 +17,7 @@ from spa.budgets.allocate import WAYS
 from spa.budgets.targets import read_targets
 from spa.errors import BadOption
 from spa.graph.explain import near
+from spa.layers.depth import ANY, Depth
 from spa.plans.choose import SCOPES, Options
 from spa.repairs.repair_options import METHODS
 from spa.sweeps.pareto import pareto
@@ -29,7 +30,11 @@ RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)  # where nothing is asked for
 
 @dataclass(frozen=True)
 class Setting:
-    """What a point was asked for: a ratio with its scope, or a target with its allocation; a criterion and a repair."""
+    """What a point was asked for: a ratio with its scope, or a target with its allocation; a criterion and a repair.
+
+    drop_layers, layers, layer_kind: how many layers go first, or which share of them, by which method, of which kind. Where layers alone
+    go there is neither ratio nor target, and criterion and repair are "".
+    """
 
     criterion: str
     repair: str
@@ -37,26 +42,44 @@ class Setting:
     scope: str | None = None
     target: str | None = None
     allocation: str | None = None
+    drop_layers: float = 0
+    layers: str = ""
+    layer_kind: str = ""
+
+    @property
+    def depth(self) -> Depth | None:
+        """The layers that go first, as `spa.prune` is told."""
+        return Depth(self.drop_layers, self.layers, self.layer_kind) if self.drop_layers else None
 
     @property
     def asked(self) -> str:
-        """The ratio or target, as the command line has it."""
-        return f"ratio={self.ratio:g}" if self.ratio is not None else str(self.target)
+        """Layers, ratio and target, as the command line has them."""
+        gone = [f"layers={self.drop_layers:g}"] if self.drop_layers else []
+        return " ".join([*gone, *([f"ratio={self.ratio:g}"] if self.ratio is not None else [self.target] if self.target else [])])
 
     @property
     def way(self) -> str:
-        """How it was spread over groups."""
-        return self.scope or self.allocation or ""
+        """How layers were chosen, and how the rest was spread over groups."""
+        kind = "" if self.layer_kind == ANY else self.layer_kind
+        return " ".join(part for part in (self.layers, kind, self.scope or self.allocation or "") if part)
+
+    @property
+    def learned(self) -> tuple[str, str]:
+        """Names of the files of its criterion's scores, and of its losses: both are of the model without the layers that go first."""
+        gone = f"_layers-{self.drop_layers:g}_{self.layers}_{self.layer_kind}" if self.drop_layers else ""
+        return f"{self.criterion}{gone}", f"{self.criterion}_{self.repair}{gone}"
 
     @property
     def series(self) -> tuple[str, str, str]:
         """What it has in common with the points along one line of a plot."""
-        return self.criterion, self.way, self.repair
+        way = f"{self.drop_layers:g} layers by {self.way}" if self.drop_layers and self.criterion else self.way
+        return self.criterion, way, self.repair
 
     @property
     def name(self) -> str:
         """The name of its files."""
-        plain = f"{self.asked.replace('=', '-')}_{self.way}_{self.criterion}_{self.repair}"
+        asked, way = self.asked.replace("=", "-").replace(" ", "-"), self.way.replace(" ", "-")
+        plain = "_".join(part for part in (asked, way, self.criterion, self.repair) if part)
         safe = re.sub(r"[^A-Za-z0-9_.-]", "-", plain)[:120]
         return safe if safe == plain else f"{safe}-{hashlib.sha256(plain.encode()).hexdigest()[:8]}"
 
@@ -142,10 +165,14 @@ class Sweep:
 
 def grid(
     ratio: Sequence[float], target: Sequence[str], criterion: Sequence[str], repair: Sequence[str], scope: Sequence[str],
-    allocation: Sequence[str],
+    allocation: Sequence[str], drop_layers: Sequence[float] = (), layers: Sequence[str] = (), layer_kind: Sequence[str] = (),
 ) -> tuple[Setting, ...]:  # fmt: skip
-    """All combinations, each once. Raises BadOption for what is not there; ratios by default where nothing is asked for."""
-    shares = tuple(ratio) or (() if target else RATIOS)
+    """All combinations, each once. Raises BadOption for what is not there; ratios by default where nothing is asked for.
+
+    drop_layers: 0 for none; where some go, a ratio of 0 leaves the channels alone, as does asking for neither ratio nor target.
+    """
+    depths = _depths(drop_layers, layers, layer_kind)
+    shares = tuple(ratio) or (() if target else (0.0,) if any(depths) else RATIOS)
     for name in criterion:
         criteria.get(name)
     for option, values, choice in (("--repair", repair, METHODS), ("--scope", scope, SCOPES), ("--allocation", allocation, WAYS)):
@@ -153,14 +180,26 @@ def grid(
             if value not in choice:
                 raise BadOption(f"{option} is {value!r}; the choice is: {', '.join(choice)}.")
     for share in shares:
-        Options(share)
+        if share or not any(depths):
+            Options(share)
     for text in target:
         read_targets((text,))
     found: dict[str, Setting] = {}
-    for name, mending in itertools.product(criterion, repair):
-        made = [Setting(name, mending, ratio=float(r), scope=s) for s, r in itertools.product(scope, shares)]
-        made += [Setting(name, mending, target=t, allocation=a) for a, t in itertools.product(allocation, target)]
+    for name, mending, depth in itertools.product(criterion, repair, depths):
+        made = [Setting(name, mending, ratio=float(r), scope=s, **depth) for s, r in itertools.product(scope, shares) if r]
+        made += [Setting(name, mending, target=t, allocation=a, **depth) for a, t in itertools.product(allocation, target)]
+        made += [Setting("", "", **depth)] if depth and 0 in shares else []
         found |= {s.name: s for s in made}
+    return tuple(found.values())
+
+
+def _depths(drop_layers: Sequence[float], layers: Sequence[str], layer_kind: Sequence[str]) -> tuple[dict[str, Any], ...]:
+    """What settings say of layers, in all combinations; nothing where none go."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for drop, method, kind in itertools.product(drop_layers or (0,), layers or ("finercut",), layer_kind or (ANY,)):
+        if drop:
+            Depth(drop, method, kind)
+        found[(drop, method, kind) if drop else ()] = {"drop_layers": float(drop), "layers": method, "layer_kind": kind} if drop else {}
     return tuple(found.values())
 
 

@@ -9,7 +9,7 @@ on where it was.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +22,8 @@ from spa.criteria.brought import read_brought
 from spa.criteria.score import Known
 from spa.engines import find
 from spa.errors import BadFile, BadOption
-from spa.graph.analysis import Analysis, Source
+from spa.graph.analysis import Analysis, Source, analyzed_for
+from spa.layers.depth import Depth, Dropped
 from spa.plans.choose import Options
 from spa.plans.cutting import cut
 from spa.plans.plan import load_plan, mask_of
@@ -64,6 +65,9 @@ def sweep(
     repair: str | Sequence[str] | None = None,
     scope: str | Sequence[str] = "local",
     allocation: str | Sequence[str] = "auto",
+    drop_layers: float | Sequence[float] = (),
+    layers: str | Sequence[str] = "finercut",
+    layer_kind: str | Sequence[str] = "any",
     multiple_of: int | str = "auto",
     keep_at_least: int = 1,
     include: Sequence[str] = (),
@@ -104,11 +108,13 @@ def sweep(
 
     ratio, target: what points are asked for, shares of channels that go and limits such as "macs=0.5"; ratios from 0.1 to 0.7 if there is
     neither. criterion, repair, scope, allocation: one or several; scope goes with ratios, allocation with targets; by default a repair if
-    there are calibration data. calibration, evaluate, metric, output: data to fit on and to judge on (a quarter of the former is held out
-    where there are no others), the metric, and the output that it looks at. repair_options: how repairs go, but for their method.
-    bench, seconds: whether points are timed against the model as it is, on `provider` with `threads`, and for how long each. jobs, backend:
-    workers side by side, processes here ("loky") or on a Ray cluster ("ray"); 0: one for each core. retry: try points again that failed.
-    tell: is called after each step. scores: of the user's own, in place of the criteria's. The rest is as in `spa.plan` and `spa.apply`.
+    there are calibration data. drop_layers, layers, layer_kind: how many layers go before channels, or which share of them (0: none), by
+    which methods, of which kinds (`spa.layers.depth`); alone where a ratio is 0 or nothing else is asked for. calibration, evaluate,
+    metric, output: data to fit on and to judge on (a quarter of the former is held out where there are no others), the metric, and the
+    output that it looks at. repair_options: how repairs go, but for their method. bench, seconds: whether points are timed against the
+    model as it is, on `provider` with `threads`, and for how long each. jobs, backend: workers side by side, processes here ("loky") or
+    on a Ray cluster ("ray"); 0: one for each core. retry: try points again that failed. tell: is called after each step. scores: of the
+    user's own, in place of the criteria's. The rest is as in `spa.plan` and `spa.apply`.
 
     Raises BadOption for what is not there or does not go together, for a folder of another model or other settings, and where no point
     could be made at all; BadFile if the folder can't be written. What was finished stays.
@@ -118,7 +124,8 @@ def sweep(
     """
     mending = repair_options or RepairOptions()
     methods = _several(repair) if repair is not None else ("none" if calibration is None else "obspa",)
-    settings = grid(_several(ratio), _several(target), _several(criterion), methods, _several(scope), _several(allocation))
+    settings = grid(_several(ratio), _several(target), _several(criterion), methods, _several(scope), _several(allocation),
+                    _several(drop_layers), _several(layers), _several(layer_kind))  # fmt: skip
     brought = read_brought(scores)
     wishes = {
         "multiple_of": multiple_of, "keep_at_least": keep_at_least, "include": tuple(include), "exclude": tuple(exclude),
@@ -160,7 +167,7 @@ def _check(
             normalize=wishes["normalize"])  # fmt: skip
     Budget(provider=provider, time_limit=time_limit)
     for setting in settings:
-        if setting.repair not in ("none", "fold") and not data:
+        if setting.repair not in ("", "none", "fold") and not data:
             raise BadOption(f"--repair {setting.repair} fits layers to data: give some with --calibration (none draws noise).")
     engine = find(provider, "provider")
     if not seconds > 0:
@@ -182,6 +189,7 @@ class _Run:
     ) -> None:
         self.lab, self.folder, self.settings = lab, folder, settings
         self.jobs, self.backend, self.tell, self.stage = jobs, backend, tell, stage
+        self.dropped: dict[Depth, Dropped | Failure] = {}
         self.done = self.total = 0
 
     def run(self, retry: bool, bench: bool, seconds: float) -> Sweep:
@@ -193,11 +201,12 @@ class _Run:
                 judged = self.lab.judge
             self.folder.begin({"costs": self.lab.dense, "quality": judged.value, "metric": judged.metric.name,
                                "higher_is_better": judged.metric.higher_is_better, "samples": judged.samples})  # fmt: skip
-        scored = sorted({s.criterion for s in left})
-        weighed = sorted({(s.criterion, s.repair) for s in left if sweep_tasks.weighs(s, self.lab)})
+        scored = {s.learned[0]: s for s in left if s.criterion}
+        weighed = {s.learned[1]: s for s in left if sweep_tasks.weighs(s, self.lab)}
         due = [s for s in self.settings if s in left or _untimed(self.folder.read(s), retry)] if bench else []
         self.total = len(scored) + len(weighed) + len(left) + len(due)
         self.tell(Progress(0, self.total, ""))
+        self._choose({d for s in left if (d := s.depth) is not None})
         known: dict[str, Known | Failure] = dict(self._scores(scored))
         known |= dict(self._losses(weighed, known))
         self._points(left, known)
@@ -215,16 +224,29 @@ class _Run:
     def _all(self, function: Callable[..., Any], tasks: Sequence[parallel.Task]) -> Iterator[tuple[int, Any]]:
         return parallel.run(function, self.lab.experiment, tasks, jobs=self.jobs, backend=self.backend)
 
-    def _scores(self, names: Sequence[str]) -> Iterator[tuple[str, Known | Failure]]:
-        """Scores of criteria: from the folder, or made."""
-        there = {n: self.folder.known(n) for n in names}
-        for name, known in there.items():
-            if known is not None:
+    def _choose(self, depths: Collection[Depth]) -> None:
+        """Which layers go."""
+        if depths:
+            with self.stage("choosing layers"):
+                self.dropped = sweep_tasks.layers(self.lab, depths)
+
+    def _gone(self, setting: Setting) -> Dropped | Failure | None:
+        """The layers that go first at a point."""
+        return None if setting.depth is None else self.dropped[setting.depth]
+
+    def _scores(self, wanted: Mapping[str, Setting]) -> Iterator[tuple[str, Known | Failure]]:
+        """Scores of criteria by name: from the folder, or made."""
+        tasks = []
+        for name, setting in sorted(wanted.items()):
+            gone = self._gone(setting)
+            there = gone if isinstance(gone, Failure) else self.folder.known(name)
+            if there is None:
+                tasks.append((name, setting.criterion, gone))
+            else:
                 self._step(f"scores by {name}")
-                yield name, known
-        missing = [n for n in names if there[n] is None]
-        for number, found in self._all(sweep_tasks.scores, [(n,) for n in missing]):
-            name = missing[number]
+                yield name, there
+        for number, found in self._all(sweep_tasks.scores, [t[1:] for t in tasks]):
+            name = tasks[number][0]
             made = found if isinstance(found, Failure) else Known(found)
             if isinstance(made, Known):
                 self.folder.keep(name, made)
@@ -232,18 +254,17 @@ class _Run:
             yield name, made
 
     def _losses(
-        self, pairs: Sequence[tuple[str, str]], known: Mapping[str, Known | Failure]
+        self, wanted: Mapping[str, Setting], known: Mapping[str, Known | Failure]
     ) -> Iterator[tuple[str, Known | Failure]]:
-        """Losses for criteria and repairs: from the folder, or made."""
+        """Losses for criteria and repairs by name: from the folder, or made."""
         tasks = []
-        for criterion, repair in pairs:
-            scores, name = known[criterion], f"{criterion}_{repair}"
-            there = self.folder.known(name)
+        for name, setting in sorted(wanted.items()):
+            scores, there = known[setting.learned[0]], self.folder.known(name)
             if isinstance(scores, Failure) or there is not None:
-                self._step(f"losses by {criterion}")
+                self._step(f"losses by {name}")
                 yield name, scores if there is None else there
             else:
-                tasks.append((name, repair, scores.scores))
+                tasks.append((name, setting.repair, scores.scores, self._gone(setting)))
         for number, found in self._all(sweep_tasks.losses, [t[1:] for t in tasks]):
             if isinstance(found, Known):
                 self.folder.keep(tasks[number][0], found)
@@ -253,11 +274,13 @@ class _Run:
     def _points(self, settings: Sequence[Setting], known: Mapping[str, Known | Failure]) -> None:
         ready = []
         for setting in settings:
-            found = known[f"{setting.criterion}_{setting.repair}" if sweep_tasks.weighs(setting, self.lab) else setting.criterion]
-            if isinstance(found, Failure):
-                self._finish(Point(setting, failed=found.sentence), "")
+            gone = self._gone(setting)
+            found = known[setting.learned[sweep_tasks.weighs(setting, self.lab)]] if setting.criterion else None
+            failed = next((f for f in (gone, found) if isinstance(f, Failure)), None)
+            if failed is not None:
+                self._finish(Point(setting, failed=failed.sentence), "")
             else:
-                ready.append((setting, found))
+                ready.append((setting, found, gone))
         for _, (point, plan) in self._all(sweep_tasks.point, ready):
             self._finish(point, plan)
 
@@ -275,8 +298,9 @@ class _Run:
             if not point.failed:
                 try:
                     feeds = feeds or one_sample(traced, runnable(analysis.normal.model, traced, seed=self.lab.experiment.seed))
-                    gone = mask_of(load_plan(self.folder.path / point.plan), analysis.groups)
-                    small = cut(analysis, gone).model  # repaired weights take as long as others
+                    plan = load_plan(self.folder.path / point.plan)
+                    own = analyzed_for(analysis.given, plan) if setting.drop_layers else analysis
+                    small = cut(own, mask_of(plan, own.groups)).model  # repaired weights take as long as others
                     made = race({"before": analysis.given, "after": small}, feeds, seconds=seconds, threads=self.lab.experiment.threads,
                                 seed=self.lab.experiment.seed, engine=self.lab.experiment.provider, rounds=1000)  # fmt: skip
                     before, after = made.laps

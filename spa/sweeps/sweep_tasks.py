@@ -1,8 +1,12 @@
-"""The tasks of a sweep, as workers run them: scores of a criterion, losses of a criterion and a repair, and points."""
+"""The tasks of a sweep, as workers run them: scores of a criterion, losses of a criterion and a repair, and points.
+
+Each is told which layers have gone before, if any: all else is of the model without them.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import partial
 
 from spa import api
@@ -13,7 +17,10 @@ from spa.criteria.score import Known, Scores, score
 from spa.criteria.views import Data
 from spa.engines import find
 from spa.errors import SpaError
+from spa.layers.depth import Depth, Dropped, choose_layers
+from spa.layers.depth_budget import budget_left
 from spa.plans.choose import Options, find_space
+from spa.plans.plan import Plan
 from spa.sweeps.experiment import Experiment, Lab, costs_of, opened, repair_of, saved_bytes
 from spa.sweeps.points import Point, Setting
 
@@ -32,10 +39,26 @@ def sentence_of(error: Exception) -> str:
     return said if said.endswith((".", "?", "!")) else f"{said}."
 
 
-def scores(experiment: Experiment, criterion: str) -> Scores | Failure:
+def layers(lab: Lab, depths: Iterable[Depth]) -> dict[Depth, Dropped | Failure]:
+    """Which layers go, for each depth. What goes one after the other is searched for once, for the largest number."""
+    found: dict[Depth, Dropped | Failure] = {}
+    longest: dict[tuple[str, str], Dropped] = {}
+    for depth in sorted(depths, key=lambda d: d.drop if isinstance(d.drop, float) and d.drop >= 1 else 0, reverse=True):
+        try:
+            key = depth.method, depth.kind
+            made = choose_layers(lab.analysis, depth, lab.fit, seed=lab.experiment.seed, more=longest.get(key))
+            if key not in longest or len(made.order) > len(longest[key].order):
+                longest[key] = made
+            found[depth] = made
+        except Exception as error:  # runtimes raise anything; the other points go on
+            found[depth] = Failure(sentence_of(error))
+    return found
+
+
+def scores(experiment: Experiment, criterion: str, dropped: Dropped | None = None) -> Scores | Failure:
     """Scores by a criterion."""
     try:
-        lab = opened(experiment)
+        lab = opened(experiment).without(dropped)
         wishes = experiment.wishes
         fit, damping = lab.fit, experiment.mending.damping
         data = None if fit is None else Data(fit.model, fit.batches, wishes["loss"], fit.labels, damping)
@@ -47,10 +70,10 @@ def scores(experiment: Experiment, criterion: str) -> Scores | Failure:
         return Failure(sentence_of(error))
 
 
-def losses(experiment: Experiment, repair: str, found: Scores) -> Known | Failure:
+def losses(experiment: Experiment, repair: str, found: Scores, dropped: Dropped | None) -> Known | Failure:
     """Losses of every group at its widths, for allocations that weigh them."""
     try:
-        lab = opened(experiment)
+        lab = opened(experiment).without(dropped)
         options = Options(multiple_of=experiment.wishes["multiple_of"], keep_at_least=experiment.wishes["keep_at_least"],
                           include=experiment.wishes["include"], exclude=experiment.wishes["exclude"],
                           ratios=experiment.wishes["ratios"], normalize=experiment.wishes["normalize"],
@@ -67,27 +90,40 @@ def losses(experiment: Experiment, repair: str, found: Scores) -> Known | Failur
         return Failure(sentence_of(error))
 
 
-def point(experiment: Experiment, setting: Setting, known: Known) -> tuple[Point, str]:
+def point(experiment: Experiment, setting: Setting, known: Known | None, dropped: Dropped | None) -> tuple[Point, str]:
     """A point, and its plan as JSON; or the point with the reason why it failed, and nothing."""
     try:
-        return _point(opened(experiment), setting, known)
+        return _point(opened(experiment), setting, known, dropped)
     except Exception as error:  # as above
         return Point(setting, failed=sentence_of(error)), ""
 
 
-def _point(lab: Lab, setting: Setting, known: Known) -> tuple[Point, str]:
+def _point(lab: Lab, setting: Setting, known: Known | None, dropped: Dropped | None) -> tuple[Point, str]:
+    here = lab.without(dropped)
+    decided = _decided(here, setting, known)
+    if dropped is not None:
+        decided = replace(decided, options={**decided.options, "depth": dropped.record})
+    experiment = lab.experiment
+    mending = repair_of(experiment, setting.repair if decided.groups else "none")
+    result = api.apply(here.analysis, decided, check=experiment.check, tolerance=experiment.tolerance, seed=experiment.seed,
+                       repair=mending, calibration=here.fit)  # fmt: skip
+    costs = costs_of(result.after, saved_bytes(result.model))
+    return Point(setting, costs, shares(costs, lab.dense), lab.judge(result.model)), decided.to_json()
+
+
+def _decided(lab: Lab, setting: Setting, known: Known | None) -> Plan:
+    """The plan of a point. Limits are shares of the model as given, so that layers that have gone count."""
     experiment = lab.experiment
     budget = Budget() if setting.target is None else Budget(
         (setting.target,), setting.allocation or "auto", provider=experiment.provider, threads=experiment.threads, time_limit=0
     )  # fmt: skip
-    decided = api.plan(
-        lab.analysis, setting.ratio, criterion=setting.criterion, scope=setting.scope, calibration=lab.fit, target=budget, known=known,
+    left = budget_left(lab.analysis, budget) if setting.drop_layers else budget
+    if left is None or (setting.ratio is None and setting.target is None):
+        return api.layers_alone(lab.analysis, experiment.seed)
+    return api.plan(
+        lab.analysis, setting.ratio, criterion=setting.criterion, scope=setting.scope, calibration=lab.fit, target=left, known=known,
         seed=experiment.seed, damping=experiment.mending.damping, **experiment.wishes,
     )  # fmt: skip
-    result = api.apply(lab.analysis, decided, check=experiment.check, tolerance=experiment.tolerance, seed=experiment.seed,
-                       repair=repair_of(experiment, setting.repair), calibration=lab.fit)  # fmt: skip
-    costs = costs_of(result.after, saved_bytes(result.model))
-    return Point(setting, costs, shares(costs, lab.dense), lab.judge(result.model)), decided.to_json()
 
 
 def shares(costs: dict[str, float], dense: dict[str, float]) -> dict[str, float]:

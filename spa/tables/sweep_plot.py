@@ -128,8 +128,9 @@ def _traces(graph_objects: Any, drawn: Any, found: Sweep, cost: str, *, visible:
 def _hover(found: Sweep, point: Point) -> str:
     """What was asked for, what came of it, and where the plan lies."""
     setting = point.setting
-    lines = [f"<b>{html.escape(setting.asked)}</b>, {html.escape(setting.way)}", f"criterion {html.escape(setting.criterion)}",
-             f"repair {html.escape(setting.repair)}", ""]  # fmt: skip
+    lines = [f"<b>{html.escape(setting.asked)}</b>, {html.escape(setting.way)}"]
+    lines += [f"criterion {html.escape(setting.criterion)}", f"repair {html.escape(setting.repair)}"] if setting.criterion else []
+    lines += [""]
     lines += [f"{COSTS[k]}: {figure(k, v)} ({100 * point.shares[k]:.1f} %)" for k, v in point.costs.items()]
     lines += [f"{html.escape(found.metric)}: {worth(point.quality)} (as it is {worth(found.quality)})", "", html.escape(point.plan)]
     return "<br>".join(lines)
@@ -159,9 +160,9 @@ def _series(found: Sweep, cost: str) -> dict[tuple[str, str, str], list[Point]]:
 
 def _look(found: Sweep, series: tuple[str, str, str]) -> tuple[str, tuple[str, str]]:
     """Colour of the criterion and marker of the rest."""
-    settings = [p.setting for p in found.made]
-    colours = sorted({s.criterion for s in settings})
-    rest = sorted({(s.repair, s.way) for s in settings})
+    every = [p.setting.series for p in found.made]
+    colours = sorted({c for c, _, _ in every})
+    rest = sorted({(r, w) for _, w, r in every})
     criterion, way, repair = series
     return COLOURS[colours.index(criterion) % len(COLOURS)], MARKERS[rest.index((repair, way)) % len(MARKERS)]
 
@@ -171,11 +172,11 @@ def _name(found: Sweep, series: tuple[str, str, str]) -> str:
     settings = [p.setting.series for p in found.made]
     criterion, way, repair = series
     parts = [criterion]
-    if len({s[1] for s in settings}) > 1:
+    if len({s[1] for s in settings}) > 1 or not criterion:
         parts.append(way)
-    if len({s[2] for s in settings}) > 1:
+    if len({s[2] for s in settings}) > 1 and repair:
         parts.append("no repair" if repair == "none" else f"{repair} repair")
-    return ", ".join(parts)
+    return ", ".join(part for part in parts if part)
 
 
 def _logarithmic(found: Sweep) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from spa import api
 from spa.data.evidence import Evidence
 from spa.errors import BadFile
 from spa.graph.analysis import Analysis, Source, analyze, evidence_for
+from spa.layers.depth import Depth, without_layers
 from spa.proof.check import TOLERANCE
 from spa.proof.feeds import Feeds
 from spa.repairs.repair import RepairOptions
@@ -60,16 +61,18 @@ def prune_vocabulary(
     place: str = "file",
     inputs: Sequence[str] | None = None,
     ratio: float | None = None,
+    drop_layers: Depth | None = None,
     check: bool = True,
     seed: int = 0,
     stage: Stage = quiet,
 ) -> api.Result:
     """Removes ids from a model: their rows of the tables that they look up, their columns of the logits.
 
-    keep: a share of the ids below 1, a number of them, "used" (all in the calibration data), a file of ids, or ids. Of a share or a number
-    those stay that are most frequent in `calibration`, or whose rows are largest where there is none. tokenizer: a tokenizer.json, whose
-    special tokens, and parts of kept tokens, stay too. special: more ids that stay. sides: "both", "input" or "output". place: "file" (the
-    pruned model takes new ids) or "graph" (it takes old ones). ratio: share of all other groups' channels that goes as well, by l2.
+    keep: a share of the ids below 1, a number of them, "used" (all in the calibration data), a file of ids, or ids. Of a share or a
+    number those stay that are most frequent in `calibration`, or whose rows are largest where there is none. tokenizer: a tokenizer.json,
+    whose special tokens, and parts of kept tokens, stay too. special: more ids that stay. sides: "both", "input" or "output". place:
+    "file" (the pruned model takes new ids) or "graph" (it takes old ones). ratio: share of all other groups' channels that goes as well,
+    by l2. drop_layers: layers that go first, as in `spa.prune`.
     Raises SpaError; BadOption for a tokenizer that does not match, and for one side of a tied table.
 
     >>> result = prune_vocabulary("model.onnx", 0.25, calibration=batches)
@@ -79,14 +82,23 @@ def prune_vocabulary(
     wish = Wish(read_keep(keep), sides, place, None if inputs is None else tuple(inputs), read, frozenset(special))
     analysis = analyze(model, vocabulary=wish.promise, stage=stage)
     evidence = evidence_for(analysis, calibration, seed=seed, stage=stage)
-    return carried_out(analysis, wish, evidence, {}, ratio=ratio, check=check, seed=seed, stage=stage)
+    return carried_out(analysis, wish, evidence, {}, ratio=ratio, check=check, seed=seed, depth=drop_layers, stage=stage)
 
 
 def carried_out(
     analysis: Analysis, wish: Wish, evidence: Evidence | None, wishes: Mapping[str, Any], *, ratio: float | None = None, check: bool = True,
-    seed: int = 0, feeds: Feeds | None = None, tolerance: float = TOLERANCE, repair: str | RepairOptions = "none", stage: Stage = quiet,
+    seed: int = 0, feeds: Feeds | None = None, tolerance: float = TOLERANCE, repair: str | RepairOptions = "none",
+    depth: Depth | None = None, stage: Stage = quiet,
 ) -> api.Result:  # fmt: skip
-    """Plans and applies on what was read already. wishes: options of `spa.plan` for the other groups, which shrink if there is a ratio."""
+    """Plans and applies on what was read already. wishes: options of `spa.plan` for the other groups, which shrink if there is a ratio.
+
+    depth: layers that go first.
+    """
+    if depth is not None:
+        small, data, dropped = without_layers(analysis, depth, evidence, seed=seed, stage=stage)
+        made = carried_out(small, wish, data, wishes, ratio=ratio, check=check, seed=seed, feeds=feeds, tolerance=tolerance, repair=repair,
+                           stage=stage)  # fmt: skip
+        return replace(made, plan=replace(made.plan, options={**made.plan.options, "depth": dropped.record}))
     kept = choose_ids(analysis.groups, wish.keep, evidence=evidence, tokenizer=wish.tokenizer, always=wish.special)
     beside = None
     if ratio is not None:

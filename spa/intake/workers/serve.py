@@ -8,6 +8,7 @@ A worker is a file with functions:
     convert(source, target, wish) -> notes or None           writes ONNX at `target`; notes: sentences that the user should see
     outputs(source, feeds, wish) -> arrays                   of the framework itself, in the order of ONNX's outputs, or {name: array}
     layers(source, feeds, wish) -> {name: array}             (may be absent) intermediate results in order of execution
+    examples(source, wish) -> [{name: array}]                (may be absent) inputs to compare with, where drawn ones would not do
 
 `source` is a path or another name, `feeds` {input: array}, and `wish` what the user asked for: "framework" (the row of the table), "inputs"
 ({name: shape}), "dtypes" ({name: dtype}), "opset" (0: the converter's own choice), "dynamic" ("batch", "none", "keep"), "entry", "trust",
@@ -19,6 +20,7 @@ Questions come on stdin, a line of JSON each, and are answered on stdout; what w
     {"do": "missing", "modules": ["torch"]}                          -> {"missing": []}
     {"do": "inputs" | "convert" | "outputs" | "layers", "source": …, "wish": {…}, "target": …, "feeds": FILE.npz, "results": FILE.npz}
         -> {"inputs": […]} | {"notes": […]} | {"names": [… of the arrays in the results, or None], "layers": whether there are any}
+    {"do": "examples", "source": …, "wish": {…}, "results": FOLDER}  -> {"count": of the files 0.npz, 1.npz, …}
     whatever failed  -> {"failed": one sentence, "kind": "missing", "wish", "file" or "converter"}
 """
 
@@ -50,6 +52,11 @@ def answer(worker: Any, asked: Any) -> dict[str, Any]:
         return {"inputs": worker.inputs(source, wish)}
     if do == "convert":
         return {"notes": list(worker.convert(source, asked["target"], wish) or ())}
+    if do == "examples":
+        drawn = worker.examples(source, wish) if hasattr(worker, "examples") else []
+        for k, feeds in enumerate(drawn):
+            np.savez(os.path.join(asked["results"], f"{k}.npz"), **feeds)
+        return {"count": len(drawn)}
     if do == "layers" and not hasattr(worker, "layers"):
         return {"names": [], "layers": False}
     with np.load(asked["feeds"], allow_pickle=False) as loaded:

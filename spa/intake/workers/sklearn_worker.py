@@ -29,6 +29,7 @@ def convert(source: Any, target: str, wish: Mapping[str, Any]) -> list[str]:
     from skl2onnx.common.exceptions import MissingConverter, MissingShapeCalculator
 
     model = _opened(source, bool(wish["trust"]))
+    _mend_regressors()
     types = {"float32": kinds.FloatTensorType, "float64": kinds.DoubleTensorType, "int64": kinds.Int64TensorType,
              "int32": kinds.Int32TensorType, "string": kinds.StringTensorType, "bool": kinds.BooleanTensorType}  # fmt: skip
     asked = _inputs(model, wish)
@@ -41,9 +42,41 @@ def convert(source: Any, target: str, wish: Mapping[str, Any]) -> list[str]:
                                 target_opset=wish.get("opset") or OPSET)  # fmt: skip
     except (MissingConverter, MissingShapeCalculator) as error:
         raise NotImplementedError(str(error).strip().splitlines()[0]) from error
+    except (ValueError, TypeError, RuntimeError) as error:
+        kinds_given = ", ".join(f"{t['name']} of {t['dtype']}" for t in asked)
+        raise ValueError(f"skl2onnx does not convert it with {kinds_given} ({' '.join(str(error).split())[:100]}); if a column holds text, "
+                         f"say so, such as --input {asked[-1]['name']}:1x1:string") from error  # fmt: skip
     with open(target, "wb") as file:
         file.write(proto.SerializeToString())
     return []
+
+
+def _mend_regressors() -> None:
+    """skl2onnx 1.20 lays the values of an MLPRegressor with several outputs in one column; here they keep theirs."""
+    from skl2onnx import update_registered_converter
+    from skl2onnx.common import _registration as registered
+    from sklearn.neural_network import MLPRegressor
+
+    alias = "SklearnMLPRegressor"
+    own, sizes = registered.get_converter(alias), registered.get_shape_calculator(alias)
+    if getattr(own, "mended", False):
+        return
+
+    def convert_regressor(scope: Any, operator: Any, container: Any) -> None:
+        own(scope, operator, container)
+        columns = operator.raw_operator.n_outputs_
+        if columns > 1:
+            last = container.nodes[-1]  # to a single column
+            last.input[1] = scope.get_unique_variable_name("columns")
+            container.add_initializer(last.input[1], 7, [2], [-1, columns])  # 7: int64
+
+    def size_regressor(operator: Any) -> None:
+        sizes(operator)
+        rows = operator.outputs[0].type.shape[0]
+        operator.outputs[0].type.shape = [rows, operator.raw_operator.n_outputs_]
+
+    convert_regressor.mended = True  # type: ignore[attr-defined]
+    update_registered_converter(MLPRegressor, alias, size_regressor, convert_regressor, overwrite=True)
 
 
 def outputs(source: Any, feeds: Mapping[str, Any], wish: Mapping[str, Any]) -> list[Any]:
@@ -69,12 +102,20 @@ def _inputs(model: Any, wish: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = None if wish["dynamic"] != "none" else 1
     names = getattr(model, "feature_names_in_", None)
     if names is not None and _by_name(model):
+        foreign = [n for n in asked if n not in names and not n.isdigit()]
+        if foreign:
+            raise ValueError(f"it has no column {foreign[0]}; it has: {', '.join(map(str, names))}")
         return [{"name": str(n), "dtype": types.get(str(n), NUMBERS), "shape": [rows, 1]} for n in names]
     count = getattr(model, "n_features_in_", None)
     if count is None and not asked:
         raise ValueError("it does not say how many columns it reads (was it fitted?): give --input x:1x12")
+    if len(asked) > 1:
+        raise ValueError(f"it reads one matrix, but --input names {', '.join(asked)}")
     name, shape = next(iter(asked.items()), ("x", [rows, count]))
-    return [{"name": name if not name.isdigit() else "x", "dtype": types.get(name, NUMBERS), "shape": [rows, *shape[1:]]}]
+    name, shape = "x" if name.isdigit() else name, shape or [rows, count]
+    if count is not None and shape[1:] != [count]:
+        raise ValueError(f"it reads {count} columns, but --input {name} is {'x'.join(map(str, shape))}: give {name}:1x{count}")
+    return [{"name": name, "dtype": types.get(name) or types.get("0") or NUMBERS, "shape": [rows, *shape[1:]]}]
 
 
 def _by_name(model: Any) -> bool:

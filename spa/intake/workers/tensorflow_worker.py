@@ -133,7 +133,10 @@ def tags(folder: str) -> list[str]:
 def signature(found: Any, entry: str) -> Any:
     """The signature asked for, that for serving, or the only one. Raises ValueError."""
     usable = {name: of for name, of in found.items() if not name.startswith("_") and of.inputs and of.outputs}
-    names = ", ".join(sorted(usable)) or "none"
+    if not usable:
+        raise ValueError("it has no signature that says what goes in and comes out; save it with one: "
+                         "tf.saved_model.save(model, FOLDER, signatures=model.function)")  # fmt: skip
+    names = ", ".join(sorted(usable))
     if entry and entry not in usable:
         raise ValueError(f"it has no signature {entry}; it has: {names}")
     if not entry and DEFAULT not in usable and len(usable) != 1:

@@ -22,7 +22,8 @@ class Subject:
     """A network with what it takes.
 
     call: module, ScriptModule or ExportedProgram. names, example: of its inputs, in order. axes: {input: {axis: name}} of all that can be
-    free. outputs: names, if it gives them. keyword: inputs go in by name. notes: for the user.
+    free. outputs: names, if it gives them. keyword: inputs go in by name. loose: of no use with sizes that nobody has fixed. notes: for the
+    user.
     """
 
     call: Any
@@ -32,6 +33,7 @@ class Subject:
     outputs: list[str] = field(default_factory=list)
     keyword: bool = False
     kind: str = "module"
+    loose: bool = False
     notes: list[str] = field(default_factory=list)
 
 
@@ -68,6 +70,10 @@ def export(subject: Subject, target: str, wish: dict[str, Any]) -> list[str]:
         except Exception as error:  # each exporter has its own
             failures.append(error)
             continue
+        if subject.loose and free and not axes:
+            sizes = "x".join(map(str, subject.example[0].shape))
+            raise ValueError(f"its sizes can't be left free: fix them, such as --input {subject.names[0]}:{sizes} --dynamic none; "
+                             f"torch.export says {cause(failures[0])}")  # fmt: skip
         return [*subject.notes, *_noted(exporter, axes, free, failures)]
     raise NotImplementedError(cause(failures[0])) from failures[0]
 
@@ -147,7 +153,7 @@ def cause(error: BaseException) -> str:
         error = error.__cause__
     text = re.sub(r"\x1b\[[\d;]*m", "", str(error))
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    found = lines[0] if lines else ""
+    found = " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else ""
     return f"{type(error).__name__}: {found}"[:240]
 
 
@@ -161,13 +167,20 @@ def flat(results: Any) -> list[Any]:
 
 
 def output_names(subject: Subject) -> list[str]:
-    """Keys where the network gives a mapping, else output, or output_0, output_1, …; never the name of an input."""
+    """Keys where the network gives a mapping, else output, or output_0, output_1, …; never the name of an input.
+
+    Raises ValueError where the network does not run on its example.
+    """
     import torch
 
     with torch.no_grad():
         module = subject.call.module() if subject.kind == "exported" else subject.call
         named = dict(zip(subject.names, subject.example, strict=True))
-        found = module(**named) if subject.keyword else module(*subject.example)
+        try:
+            found = module(**named) if subject.keyword else module(*subject.example)
+        except Exception as error:  # networks raise what they like
+            sizes = ", ".join(f"{n}:{'x'.join(map(str, t.shape))}" for n, t in named.items())
+            raise ValueError(f"it does not run on {sizes} ({_complaint(error)}); give shapes that fit with --input") from error
     keys: list[str] = []
     if isinstance(found, Mapping):
         for key, value in found.items():
@@ -177,6 +190,13 @@ def output_names(subject: Subject) -> list[str]:
         count = len(flat(found))
         keys = ["output"] if count == 1 else [f"output_{k}" for k in range(count)]
     return [f"{key}_out" if key in subject.names else key for key in keys]
+
+
+def _complaint(error: BaseException) -> str:
+    """What an error of torch's says: of TorchScript's, which hold traces, the last line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    traced = lines and "TorchScript" in lines[0]
+    return f"{lines[-1] if traced else lines[0]}"[:160] if lines else type(error).__name__
 
 
 def array(tensor: Any) -> Any:

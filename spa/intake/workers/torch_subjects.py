@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import json
 import os
 import re
 import sys
@@ -30,7 +31,7 @@ def subject(source: Any, wish: dict[str, Any]) -> Any:
     if not isinstance(source, str):
         return of_module(source, wish)
     if wish["framework"] in NEED_TORCHVISION:
-        _import_torchvision()
+        import_torchvision()
     torch.manual_seed(wish.get("seed", 0))  # of weights that are drawn
     return _KINDS[wish["framework"]](source, wish)
 
@@ -79,7 +80,7 @@ def _of_pickle(source: str, wish: dict[str, Any]) -> Any:
     except (AttributeError, ImportError) as error:
         raise ValueError(f"the classes that it was pickled from are not here: {error}") from error
     except Exception as error:  # pickle raises whatever it likes
-        raise OSError(f"it is damaged ({type(error).__name__}: {error})") from error
+        raise OSError(f"it is damaged ({type(error).__name__}: {_first_line(error)})") from error
     if isinstance(found, torch.nn.Module):
         return of_module(found, wish)
     if isinstance(found, Mapping):
@@ -106,14 +107,19 @@ def _of_exported(source: str, wish: dict[str, Any]) -> Any:
 
     try:
         with zipfile.ZipFile(source) as opened:
-            if not wish["trust"] and any(OBJECTS.search(n) for n in opened.namelist()):
-                raise ValueError("it holds pickled objects, and loading a pickle runs whatever code lies in it; if you trust where it "
-                                 "comes from, say so with --trust")  # fmt: skip
+            members = opened.namelist()
+    except zipfile.BadZipFile as error:
+        raise OSError(f"it is damaged ({error})") from error
+    if not wish["trust"] and any(OBJECTS.search(n) for n in members):
+        raise ValueError("it holds pickled objects, and loading a pickle runs whatever code lies in it; if you trust where it comes from, "
+                         "say so with --trust")  # fmt: skip
+    try:
         program = torch.export.load(source)
-    except ValueError:
-        raise
     except Exception as error:  # torch raises whatever broke first
-        raise OSError(_first_line(error)) from error
+        writer = _writer(source)
+        other = "" if writer == torch.__version__ else (
+            f", or torch {writer or 'of another version'} wrote it: convert it with that one, or export it again")  # fmt: skip
+        raise OSError(f"torch {torch.__version__} does not load it ({_first_line(error)}): it is damaged{other}") from error
     from torch.utils import _pytree
 
     tensors = {n.name: n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"}
@@ -123,6 +129,16 @@ def _of_exported(source: str, wish: dict[str, Any]) -> Any:
                                                                    dtype=tensors[n].dtype) for n in names]  # fmt: skip
     axes = {n: {k: str(s) for k, s in enumerate(tensors[n].shape) if not isinstance(s, int)} for n in names}
     return _export().Subject(program, names, tuple(example), {n: a for n, a in axes.items() if a}, kind="exported")
+
+
+def _writer(source: str) -> str:
+    """The version of torch that wrote an archive of torch.export; "" where it does not tell."""
+    try:
+        with zipfile.ZipFile(source) as opened:
+            model = next(n for n in opened.namelist() if n.endswith("/models/model.json"))
+            return str(json.loads(opened.read(model))["torch_version"])
+    except Exception:  # a damaged archive breaks anywhere
+        return ""
 
 
 def of_module(made: Any, wish: dict[str, Any], *, size: Any = None) -> Any:
@@ -298,11 +314,12 @@ def _called(found: Any, name: str) -> Any:
 
 
 def _first_line(error: BaseException) -> str:
+    """The first sentence of the first line; what torch says of damaged archives goes on at length."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return lines[0].split(". ")[0].rstrip(".") if lines else type(error).__name__
 
 
-def _import_torchvision() -> None:
+def import_torchvision() -> None:
     """Torchvision where its compiled operators do not fit the installed torch: no classifier calls them, but their names must be there."""
     import torch
 
