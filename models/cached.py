@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import sys
 import tempfile
@@ -85,6 +86,7 @@ def export_cached(network: Any, path: Path, exporter: Exporter) -> None:
 def _with_cache(network: Any) -> Any:
     """The network as a module of plain tensors."""
     torch, transformers = need("torch"), need("transformers", extra="language")
+    called = "cache" if "cache" in inspect.signature(network.forward).parameters else "past_key_values"  # the latter before 5.24
 
     class Cached(torch.nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -93,9 +95,9 @@ def _with_cache(network: Any) -> Any:
 
         def forward(self, input_ids: Any, attention_mask: Any, position_ids: Any, *past: Any) -> Any:
             cache = transformers.DynamicCache([(past[i], past[i + 1]) for i in range(0, len(past), 2)])
-            found = self.inner(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache,
-                               use_cache=True)  # fmt: skip
-            return found.logits, *(t for layer in found.past_key_values.layers for t in (layer.keys, layer.values))
+            found = self.inner(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=True,
+                               **{called: cache})  # fmt: skip
+            return found.logits, *(t for layer in found[called].layers for t in (layer.keys, layer.values))
 
     return Cached().eval()
 

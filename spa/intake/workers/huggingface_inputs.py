@@ -33,6 +33,8 @@ SIZES = (
 FACTORY = "convert it as file.py:factory, which gives the module and its inputs"
 SAME = 1e-3  # of the largest logit: with the cache and without
 CACHE = ("key", "value")
+CACHES = ("cache", "past_key_values")
+"""What transformers calls the parameter and the result that hold the cache: since 5.24, and before."""
 Sizes = dict[str, int]
 Shapes = dict[str, tuple[int | str, ...]]
 
@@ -41,7 +43,7 @@ def subject(network: Any, folder: Path, wish: Mapping[str, Any], notes: list[str
     """The network with what it takes, and examples of that. Raises ValueError, NotImplementedError."""
     shapes, fixed = known_shapes(network, folder)
     made = None
-    if wish["cache"] and may_have_cache(network):
+    if wish["cache"] and generates_text(network):
         made, why = with_cache(network, shapes, fixed)
         if made is None:
             notes.append(f"It has no key-value cache that could be inputs and outputs ({why}): it reads all tokens anew in each step.")
@@ -182,11 +184,14 @@ class Cached(Plain):
         super().__init__(network, shapes, fixed)
         import transformers
 
+        self.called = next((name for name in CACHES if name in parameters(network)), "")
+        if not self.called:
+            raise ValueError(f"it takes no {' or '.join(CACHES)}")
         self.cache, self.more = transformers.DynamicCache, {**self.more, "use_cache": True}
         self.plain = {**shapes, **({"position_ids": ("batch", "length")} if "position_ids" in parameters(network) else {})}
         ids = drawn(self.plain, {**SIZES[0], **fixed}, self.config, 0)
         with torch.no_grad():
-            states = network(**ids, past_key_values=transformers.DynamicCache(), **self.more).past_key_values.layers
+            states = network(**ids, **{self.called: self.cache()}, **self.more)[self.called].layers
         self.shapes = {name: ("batch", "total") if name == "attention_mask" else shape for name, shape in self.plain.items()}
         for k, layer in enumerate(states):
             for what, state in zip(CACHE, (layer.keys, layer.values), strict=True):
@@ -200,8 +205,8 @@ class Cached(Plain):
         """Tensors in the order of `shapes` -> logits, and the cache after these tokens."""
         past = tensors[len(self.plain) :]
         cache = self.cache([(past[k], past[k + 1]) for k in range(0, len(past), 2)])
-        found = self.network(**dict(zip(self.plain, tensors, strict=False)), past_key_values=cache, **self.more)
-        return found.logits, *(state for layer in found.past_key_values.layers for state in (layer.keys, layer.values))
+        found = self.network(**dict(zip(self.plain, tensors, strict=False)), **{self.called: cache}, **self.more)
+        return found.logits, *(state for layer in found[self.called].layers for state in (layer.keys, layer.values))
 
     def draw(self, sizes: Sizes, seed: int) -> dict[str, Any]:
         """New tokens after so many others, with the cache that these leave: noise is none that it ever meets."""
@@ -215,10 +220,10 @@ class Cached(Plain):
         return {**new, **dict(zip(list(self.shapes)[len(self.plain) :], states, strict=True))}
 
 
-def may_have_cache(network: Any) -> bool:
-    """Whether it generates text token by token, and takes what it has kept of earlier ones."""
+def generates_text(network: Any) -> bool:
+    """Whether it generates text token by token, in one graph: its cache is wanted, or the reason why it has none."""
     generates = getattr(network, "can_generate", lambda: False)()
-    return generates and {"past_key_values", "use_cache", "input_ids"} <= set(parameters(network)) and not network.config.is_encoder_decoder
+    return generates and "input_ids" in parameters(network) and not network.config.is_encoder_decoder
 
 
 def with_cache(network: Any, shapes: Shapes, fixed: Sizes) -> tuple[Cached | None, str]:
